@@ -1,0 +1,208 @@
+package bootstrap
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	upstreamhttpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
+)
+
+const (
+	defaultMaxRequests   = 100000
+	defaultMaxConnection = 5 * time.Minute
+	connectTimeout       = time.Second
+	bufferLimit          = 32 << 10 // bytes per connection, Envoy's advice for edges; also how much of a body is held
+	healthInterval       = time.Second
+	optionsKey           = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+)
+
+// Sidecar returns the cluster of knhk's own gRPC services under the given name, for listeners.envoy of cfg: TCP or a
+// unix socket, HTTP/2. A gRPC health check on HealthService takes a draining replica out where there is another; with
+// one replica Envoy's panic mode keeps sending to it, and its answer, not an absence, decides.
+func Sidecar(cfg *configv1.Config, name string) (*clusterv3.Cluster, error) {
+	addr, err := anyAddress(cfg.GetListeners().GetEnvoy())
+	if err != nil {
+		return nil, fmt.Errorf("listeners.envoy: %w", err)
+	}
+	c, err := cluster(cfg, name, []*corev3.Address{addr}, true)
+	if err != nil {
+		return nil, fmt.Errorf("cluster %s: %w", name, err)
+	}
+	// Every request in flight may have to be retried when a replica leaves: three, Envoy's default, is for upstreams.
+	c.CircuitBreakers.Thresholds[0].MaxRetries = wrapperspb.UInt32(maxRequests(cfg))
+	c.CircuitBreakers.Thresholds[0].RetryBudget = nil
+	c.HealthChecks = []*corev3.HealthCheck{{
+		Timeout:            durationpb.New(healthInterval),
+		Interval:           durationpb.New(healthInterval),
+		NoTrafficInterval:  durationpb.New(healthInterval), // else 60 s until the first request
+		UnhealthyThreshold: wrapperspb.UInt32(2),
+		HealthyThreshold:   wrapperspb.UInt32(1),
+		HealthChecker: &corev3.HealthCheck_GrpcHealthCheck_{GrpcHealthCheck: &corev3.HealthCheck_GrpcHealthCheck{
+			ServiceName: HealthService,
+		}},
+	}}
+	return c, nil
+}
+
+// upstreamClusters returns envoy.clusters in their order.
+func upstreamClusters(cfg *configv1.Config) ([]*clusterv3.Cluster, error) {
+	var out []*clusterv3.Cluster
+	var errs []error
+	seen := map[string]bool{SidecarCluster: true}
+	for i, u := range cfg.GetEnvoy().GetClusters() {
+		if seen[u.GetName()] {
+			errs = append(errs, fmt.Errorf("envoy.clusters[%d]: name %q is taken", i, u.GetName()))
+			continue
+		}
+		seen[u.GetName()] = true
+		var addrs []*corev3.Address
+		for j, e := range u.GetEndpoints() {
+			a, err := tcpAddress(e)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("envoy.clusters[%d].endpoints[%d]: %w", i, j, err))
+				continue
+			}
+			addrs = append(addrs, a)
+		}
+		c, err := cluster(cfg, u.GetName(), addrs, u.GetHttp2())
+		if err != nil {
+			errs = append(errs, fmt.Errorf("envoy.clusters[%d]: %w", i, err))
+			continue
+		}
+		out = append(out, c)
+	}
+	return out, errors.Join(errs...)
+}
+
+// cluster returns a cluster with breakers that do not stand in the way: at Envoy's default of 1024 requests an overload
+// turns into refusals that nobody decided.
+func cluster(cfg *configv1.Config, name string, addrs []*corev3.Address, http2 bool) (*clusterv3.Cluster, error) {
+	opts := &upstreamhttpv3.HttpProtocolOptions{
+		CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
+			// A connection that lives for ever never meets a new replica behind the same address.
+			MaxConnectionDuration: durationOr(cfg.GetEnvoy().GetMaxConnectionDuration(), defaultMaxConnection),
+		},
+	}
+	// No HTTP/2 keepalive pings: grpc-go answers more than one in five minutes with GOAWAY ENHANCE_YOUR_CALM.
+	if http2 {
+		opts.UpstreamProtocolOptions = &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{
+			ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
+				ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{
+					Http2ProtocolOptions: &corev3.Http2ProtocolOptions{},
+				}}}
+	} else {
+		opts.UpstreamProtocolOptions = &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{
+			ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
+				ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_HttpProtocolOptions{
+					HttpProtocolOptions: &corev3.Http1ProtocolOptions{EnableTrailers: true},
+				}}}
+	}
+	packed, err := anypb.New(opts)
+	if err != nil {
+		return nil, fmt.Errorf("protocol options: %w", err)
+	}
+	kind := clusterv3.Cluster_STATIC
+	var lbs []*endpointv3.LbEndpoint
+	for _, a := range addrs {
+		if sa := a.GetSocketAddress(); sa != nil {
+			if _, err := netip.ParseAddr(sa.GetAddress()); err != nil {
+				kind = clusterv3.Cluster_STRICT_DNS
+			}
+		}
+		lbs = append(lbs, &endpointv3.LbEndpoint{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{
+			Endpoint: &endpointv3.Endpoint{Address: a}}})
+	}
+	n := maxRequests(cfg)
+	return &clusterv3.Cluster{
+		Name:                          name,
+		ClusterDiscoveryType:          &clusterv3.Cluster_Type{Type: kind},
+		ConnectTimeout:                durationpb.New(connectTimeout),
+		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
+		LoadAssignment: &endpointv3.ClusterLoadAssignment{
+			ClusterName: name,
+			Endpoints:   []*endpointv3.LocalityLbEndpoints{{LbEndpoints: lbs}},
+		},
+		CircuitBreakers: &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
+			MaxConnections:     wrapperspb.UInt32(n),
+			MaxPendingRequests: wrapperspb.UInt32(n),
+			MaxRequests:        wrapperspb.UInt32(n),
+			// Upstream retries stay a fraction of the traffic, so that they cannot feed an outage.
+			RetryBudget: &clusterv3.CircuitBreakers_Thresholds_RetryBudget{
+				BudgetPercent:       &typev3.Percent{Value: 20},
+				MinRetryConcurrency: wrapperspb.UInt32(3),
+			},
+			TrackRemaining: true,
+		}}},
+		TypedExtensionProtocolOptions: map[string]*anypb.Any{optionsKey: packed},
+	}, nil
+}
+
+func maxRequests(cfg *configv1.Config) uint32 {
+	if n := cfg.GetEnvoy().GetMaxRequests(); n > 0 {
+		return n
+	}
+	return defaultMaxRequests
+}
+
+// durationOr returns d, or def where d is unset.
+func durationOr(d *durationpb.Duration, def time.Duration) *durationpb.Duration {
+	if d == nil {
+		return durationpb.New(def)
+	}
+	return d
+}
+
+// anyAddress reads "host:port" or "unix:/path".
+func anyAddress(s string) (*corev3.Address, error) {
+	if path, ok := strings.CutPrefix(s, "unix:"); ok {
+		if path == "" {
+			return nil, errors.New("address \"unix:\" has no path")
+		}
+		return &corev3.Address{Address: &corev3.Address_Pipe{Pipe: &corev3.Pipe{Path: path}}}, nil
+	}
+	return tcpAddress(s)
+}
+
+// tcpAddress reads "host:port" with a numeric port; IPv6 hosts stand in brackets. An empty host is an error: which
+// interface is meant should be said.
+func tcpAddress(s string) (*corev3.Address, error) {
+	host, port, err := splitHostPort(s)
+	if err != nil {
+		return nil, err
+	}
+	return &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
+		Address:       host,
+		PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: port},
+	}}}, nil
+}
+
+func splitHostPort(s string) (host string, port uint32, err error) {
+	i := strings.LastIndexByte(s, ':')
+	if i <= 0 {
+		return "", 0, fmt.Errorf("address %q: want host:port", s)
+	}
+	host = s[:i]
+	if strings.HasPrefix(host, "[") && strings.HasSuffix(host, "]") {
+		host = host[1 : len(host)-1]
+	} else if strings.ContainsAny(host, ":[]") {
+		return "", 0, fmt.Errorf("address %q: want host:port, IPv6 in brackets", s)
+	}
+	n, err := strconv.ParseUint(s[i+1:], 10, 16)
+	if err != nil || host == "" {
+		return "", 0, fmt.Errorf("address %q: want host:port", s)
+	}
+	return host, uint32(n), nil
+}

@@ -1,0 +1,147 @@
+package bootstrap
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	alsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/grpc/v3"
+	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
+)
+
+const (
+	defaultMessageTimeout = 2 * time.Second
+	defaultAccessLogFlush = 200 * time.Millisecond
+	streamIdleTimeout     = 5 * time.Minute
+	connectionIdle        = time.Hour
+	requestHeadersTimeout = 10 * time.Second
+	maxHeadersKiB         = 60
+	maxHeaders            = 100
+	accessLogBuffer       = 16 << 10 // bytes; what an Envoy that dies takes along is at most this or one flush interval
+
+	filterHeaders = "envoy.filters.http.header_mutation"
+	filterExtProc = "envoy.filters.http.ext_proc"
+	filterRouter  = "envoy.filters.http.router"
+)
+
+// Listener returns the listener for cfg, with ext_proc and access log sent to the cluster named sidecar. Faults of cfg
+// are reported all at once.
+func Listener(cfg *configv1.Config, sidecar string) (*listenerv3.Listener, error) {
+	var errs []error
+	addr, err := tcpAddress(orDefault(cfg.GetEnvoy().GetListener(), defaultListener))
+	if err != nil {
+		errs = append(errs, fmt.Errorf("envoy.listener: %w", err))
+	}
+	hcm, err := connectionManager(cfg, sidecar)
+	if err != nil {
+		errs = append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	packed, err := anypb.New(hcm)
+	if err != nil {
+		return nil, fmt.Errorf("connection manager: %w", err)
+	}
+	return &listenerv3.Listener{
+		Name:                          ListenerName,
+		Address:                       addr,
+		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
+		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{{
+			Name:       "envoy.filters.network.http_connection_manager",
+			ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: packed},
+		}}}},
+	}, nil
+}
+
+func connectionManager(cfg *configv1.Config, sidecar string) (*hcmv3.HttpConnectionManager, error) {
+	routes, rerr := routeConfig(cfg)
+	strip, serr := stripRequest()
+	headers, herr := receiptHeaders()
+	processor, perr := processorFilter(cfg, sidecar)
+	router, oerr := filter(filterRouter, &routerv3.Router{})
+	log, lerr := accessLog(cfg, sidecar)
+	if err := errors.Join(rerr, serr, herr, perr, oerr, lerr); err != nil {
+		return nil, err
+	}
+	return &hcmv3.HttpConnectionManager{
+		StatPrefix:                    "knhk",
+		CodecType:                     hcmv3.HttpConnectionManager_AUTO,
+		ServerName:                    "knhk",
+		RouteSpecifier:                &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: routes},
+		EarlyHeaderMutationExtensions: []*corev3.TypedExtensionConfig{strip},
+		// The order matters: encoder filters run from the last to the first, so headers sees what ext_proc and the upstream
+		// left, local replies included.
+		HttpFilters: []*hcmv3.HttpFilter{headers, processor, router},
+		AccessLog:   []*accesslogv3.AccessLog{log},
+		// Nobody is internal: a client on a private address is a client, whose x-request-id and x-envoy-* are its own claims.
+		// An empty list would mean Envoy's default, all private addresses; the broadcast address is nobody's source.
+		UseRemoteAddress: wrapperspb.Bool(true),
+		InternalAddressConfig: &hcmv3.HttpConnectionManager_InternalAddressConfig{
+			CidrRanges: []*corev3.CidrRange{{AddressPrefix: "255.255.255.255", PrefixLen: wrapperspb.UInt32(32)}},
+		},
+		GenerateRequestId:         wrapperspb.Bool(true),
+		PreserveExternalRequestId: false,
+		// One spelling of a path: what we classify is what the route matched and the upstream gets.
+		NormalizePath:                wrapperspb.Bool(true),
+		MergeSlashes:                 true,
+		PathWithEscapedSlashesAction: hcmv3.HttpConnectionManager_REJECT_REQUEST,
+		CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
+			IdleTimeout:                  durationpb.New(connectionIdle),
+			HeadersWithUnderscoresAction: corev3.HttpProtocolOptions_REJECT_REQUEST,
+			MaxHeadersCount:              wrapperspb.UInt32(maxHeaders),
+		},
+		HttpProtocolOptions: &corev3.Http1ProtocolOptions{EnableTrailers: true},
+		Http2ProtocolOptions: &corev3.Http2ProtocolOptions{
+			MaxConcurrentStreams:        wrapperspb.UInt32(100),
+			InitialStreamWindowSize:     wrapperspb.UInt32(64 << 10),
+			InitialConnectionWindowSize: wrapperspb.UInt32(1 << 20),
+		},
+		MaxRequestHeadersKb:   wrapperspb.UInt32(maxHeadersKiB),
+		RequestHeadersTimeout: durationpb.New(requestHeadersTimeout),
+		// A stream may be long (gRPC, websocket, uploads) but not silent; so no request_timeout, which would bound its length.
+		StreamIdleTimeout: durationpb.New(streamIdleTimeout),
+	}, nil
+}
+
+// accessLog sends each finished stream to knhk: in lean capture it is where outcomes come from, in both it is the audit
+// of completeness. Dynamic metadata, request id, route, cluster, flags and sizes are in the common properties.
+func accessLog(cfg *configv1.Config, sidecar string) (*accesslogv3.AccessLog, error) {
+	packed, err := anypb.New(&alsv3.HttpGrpcAccessLogConfig{
+		CommonConfig: &alsv3.CommonGrpcAccessLogConfig{
+			LogName:             LogName,
+			TransportApiVersion: corev3.ApiVersion_V3,
+			GrpcService: &corev3.GrpcService{TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{
+				EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{ClusterName: sidecar}}},
+			BufferFlushInterval: durationOr(cfg.GetEnvoy().GetAccessLogFlush(), defaultAccessLogFlush),
+			BufferSizeBytes:     wrapperspb.UInt32(accessLogBuffer),
+		},
+		// Whether a cache answered: Cache-Status (RFC 9211), else what older caches say.
+		AdditionalResponseHeadersToLog: []string{"cache-status", "x-cache", "age"},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("access log: %w", err)
+	}
+	return &accesslogv3.AccessLog{
+		Name:       "envoy.access_loggers.http_grpc",
+		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: packed},
+	}, nil
+}
+
+func filter(name string, m proto.Message) (*hcmv3.HttpFilter, error) {
+	packed, err := anypb.New(m)
+	if err != nil {
+		return nil, fmt.Errorf("filter %s: %w", name, err)
+	}
+	return &hcmv3.HttpFilter{Name: name, ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: packed}}, nil
+}

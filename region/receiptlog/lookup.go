@@ -1,0 +1,643 @@
+package receiptlog
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"iter"
+	"sort"
+	"time"
+
+	"filippo.io/torchwood"
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/transparency-dev/tessera"
+	"github.com/transparency-dev/tessera/client"
+	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/knhk/sidecar/crypto/receipt"
+	"github.com/knhk/sidecar/policy"
+)
+
+// findWindow bounds how long after its id was made a decision can have been sealed.
+const findWindow = 2 * time.Minute
+
+// State says how far a receipt has come.
+type State string
+
+// The states, in order.
+const (
+	StatePending State = "pending" // in the WAL
+	StateSealed  State = "sealed"  // in a block
+	StateLogged  State = "logged"  // its header is under a signed checkpoint
+)
+
+// Summary is one receipt as it stands now. Leaves are nil where there is none yet.
+type Summary struct {
+	ID       string
+	State    State
+	Decision []byte // leaf
+	Outcome  []byte // leaf of the latest outcome
+}
+
+// found is a record and where it stands.
+type found struct {
+	leaf   []byte
+	block  uint64
+	pos    uint32
+	sealed bool
+}
+
+func (f *found) unknown() bool {
+	o, err := receipt.ParseOutcome(f.leaf)
+	return err == nil && o.Result == string(policy.ResultUnknown)
+}
+
+// find returns the decision of uuid, nil if there is none, and its outcomes in order: none, one, or "unknown" and a late one.
+func (l *Log) find(uuid [16]byte) (decision *found, outcomes []*found, err error) {
+	decision, open := l.findOpen(uuid)
+	if decision == nil {
+		if decision, err = l.findSealed(uuid); err != nil || decision == nil {
+			return nil, nil, err
+		}
+	}
+	outcomes, err = l.findOutcomes(uuid, decision.block)
+	for _, o := range open {
+		if len(outcomes) == 0 || outcomes[len(outcomes)-1].block < o.block { // not committed while we looked
+			outcomes = append(outcomes, o)
+		}
+	}
+	return decision, outcomes, err
+}
+
+// findOpen looks at the records that are in no committed block yet.
+func (l *Log) findOpen(uuid [16]byte) (decision *found, outcomes []*found) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, b := range []*block{l.sealing, l.open} {
+		if b == nil {
+			continue
+		}
+		for i := range b.recs {
+			if r := &b.recs[i]; r.uuid == uuid {
+				f := &found{leaf: bytes.Clone(b.bytes(r.leaf)), block: b.n, pos: uint32(i)}
+				if r.decision {
+					decision = f
+				} else {
+					outcomes = append(outcomes, f)
+				}
+			}
+		}
+	}
+	return decision, outcomes
+}
+
+// findSealed finds the decision of uuid in a block. The id's time says where to begin: a decision is appended at or after it,
+// so it stands in the first block closed at or after it, or in the one that was being cut.
+func (l *Log) findSealed(uuid [16]byte) (*found, error) {
+	it, err := l.store.db.NewIter(&pebble.IterOptions{LowerBound: key(kTime, uint64(receipt.IDTime(uuid).UnixNano())), UpperBound: []byte{kTime + 1}})
+	if err != nil {
+		return nil, fmt.Errorf("find receipt: %w", err)
+	}
+	var f *found
+	for it.First(); it.Valid() && f == nil && err == nil; it.Next() {
+		n := binary.BigEndian.Uint64(it.Key()[9:])
+		var at []*found
+		if at, err = l.inBlock(uuid, n, receipt.DecisionPrefix); len(at) > 0 {
+			f = at[0]
+		}
+		// A commit may have lasted a few blocks' time at most; beyond that the id was never recorded here.
+		if binary.BigEndian.Uint64(it.Key()[1:])-uint64(receipt.IDTime(uuid).UnixNano()) > uint64(findWindow) {
+			break
+		}
+	}
+	return f, errors.Join(err, it.Close())
+}
+
+// inBlock finds the records of uuid with the given prefix in block n, in order.
+func (l *Log) inBlock(uuid [16]byte, n uint64, prefix string) (out []*found, err error) {
+	list, err := l.store.get(key(kIDs, n))
+	if err != nil || list == nil {
+		return nil, err
+	}
+	want := idHash(uuid)
+	count := len(list) / 8
+	for i := sort.Search(count, func(i int) bool { return binary.BigEndian.Uint32(list[8*i:]) >= want }); i < count; i++ {
+		e := binary.BigEndian.Uint64(list[8*i:])
+		if uint32(e>>32) != want {
+			break
+		}
+		leaf, err := l.store.record(kRecords, n, e&(1<<32-1))
+		if err != nil {
+			return nil, err
+		}
+		if bytes.HasPrefix(leaf, []byte(prefix)) && leafUUID(leaf) == uuid {
+			out = append(out, &found{leaf: leaf, block: n, pos: uint32(e), sealed: true})
+		}
+	}
+	return out, nil
+}
+
+// findOutcomes finds the outcomes of a decision that stands in block n: in the blocks that follow it, or where an O key says.
+func (l *Log) findOutcomes(uuid [16]byte, n uint64) (out []*found, err error) {
+	blocks := make([]uint64, 0, farBlocks+3)
+	for m := n; m <= n+farBlocks; m++ {
+		blocks = append(blocks, m)
+	}
+	it, err := l.store.db.NewIter(&pebble.IterOptions{LowerBound: uuidKey(kOutcome, uuid), UpperBound: append(uuidKey(kOutcome, uuid), bytes.Repeat([]byte{0xff}, 9)...)})
+	if err != nil {
+		return nil, fmt.Errorf("find outcome: %w", err)
+	}
+	for it.First(); it.Valid(); it.Next() {
+		blocks = append(blocks, binary.BigEndian.Uint64(it.Key()[17:]))
+	}
+	if err := errors.Join(it.Error(), it.Close()); err != nil {
+		return nil, fmt.Errorf("find outcome: %w", err)
+	}
+	for _, m := range blocks {
+		f, err := l.inBlock(uuid, m, receipt.OutcomePrefix)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, f...)
+	}
+	return out, nil
+}
+
+func leafUUID(leaf []byte) (uuid [16]byte) {
+	var id string
+	if bytes.HasPrefix(leaf, []byte(receipt.DecisionPrefix)) {
+		if d, err := receipt.ParseDecision(leaf); err == nil {
+			id = d.ID
+		}
+	} else if o, err := receipt.ParseOutcome(leaf); err == nil {
+		id = o.ID
+	}
+	uuid, _, _ = receipt.ParseID(id)
+	return uuid
+}
+
+// Get returns a receipt as it stands now. ErrNotFound.
+func (l *Log) Get(ctx context.Context, id string) (Summary, error) {
+	uuid, _, err := receipt.ParseID(id)
+	if err != nil {
+		return Summary{}, err
+	}
+	d, o, err := l.find(uuid)
+	if err != nil {
+		return Summary{}, err
+	}
+	if d == nil {
+		return Summary{}, fmt.Errorf("%s: %w", id, ErrNotFound)
+	}
+	return l.summary(ctx, d, o)
+}
+
+func (l *Log) summary(ctx context.Context, d *found, outcomes []*found) (Summary, error) {
+	dec, err := receipt.ParseDecision(d.leaf)
+	if err != nil {
+		return Summary{}, fmt.Errorf("block %d record %d: %w", d.block, d.pos, err)
+	}
+	s := Summary{ID: dec.ID, State: StatePending, Decision: d.leaf}
+	if n := len(outcomes); n > 0 {
+		s.Outcome = outcomes[n-1].leaf
+	}
+	if d.sealed {
+		s.State = StateSealed
+		cp, err := l.checkpoint(ctx)
+		if err != nil {
+			return Summary{}, err
+		}
+		if idx, known, err := l.store.index(d.block); err != nil {
+			return Summary{}, err
+		} else if known && idx < cp.size {
+			s.State = StateLogged
+		}
+	}
+	return s, nil
+}
+
+// ByRequestID lists the ids of the receipts of an x-request-id, oldest first. Only sealed receipts are found.
+func (l *Log) ByRequestID(requestID string) ([]string, error) {
+	return l.query(lookupHash('r', []byte(requestID)), func(n, pos uint64, _ *receipt.Decision) (bool, error) {
+		raw, err := l.store.record(kEvidence, n, pos)
+		if err != nil {
+			return false, err
+		}
+		ev, err := receipt.ParseEvidence(raw)
+		return err == nil && fieldOf(ev, fieldRequestID) == requestID, err
+	})
+}
+
+// ByTraceID lists the ids of the receipts of a W3C trace id (32 hex digits), oldest first. Only sealed receipts are found.
+func (l *Log) ByTraceID(traceID string) ([]string, error) {
+	raw, err := hex.DecodeString(traceID)
+	if err != nil || len(raw) != 16 {
+		return nil, fmt.Errorf("trace id %q: want 32 hex digits", traceID)
+	}
+	return l.query(lookupHash('t', raw), func(_, _ uint64, d *receipt.Decision) (bool, error) { return d.TraceID == [16]byte(raw), nil })
+}
+
+func (l *Log) query(hash uint64, match func(n, pos uint64, d *receipt.Decision) (bool, error)) ([]string, error) {
+	if hash == 0 {
+		return nil, nil
+	}
+	it, err := l.store.db.NewIter(&pebble.IterOptions{LowerBound: key(kQuery, hash), UpperBound: key(kQuery, hash+1)})
+	if err != nil {
+		return nil, fmt.Errorf("find receipts: %w", err)
+	}
+	var ids []string
+	for it.First(); it.Valid() && err == nil; it.Next() {
+		n, pos := binary.BigEndian.Uint64(it.Key()[9:]), binary.BigEndian.Uint64(it.Key()[17:])
+		var leaf []byte
+		var d *receipt.Decision
+		if leaf, err = l.store.record(kRecords, n, pos); err != nil {
+			break
+		}
+		if d, err = receipt.ParseDecision(leaf); err != nil {
+			break
+		}
+		var ok bool
+		if ok, err = match(n, pos, d); ok {
+			ids = append(ids, d.ID)
+		}
+	}
+	return ids, errors.Join(err, it.Close())
+}
+
+// List returns up to limit receipts, newest first, those before the receipt id before if it is not empty.
+func (l *Log) List(ctx context.Context, limit int, before string) ([]Summary, error) {
+	var out []Summary
+	start := ^uint64(0)
+	startPos := ^uint32(0)
+	if before != "" {
+		uuid, _, err := receipt.ParseID(before)
+		if err != nil {
+			return nil, err
+		}
+		d, _, err := l.find(uuid)
+		if err != nil {
+			return nil, err
+		}
+		if d == nil {
+			return nil, fmt.Errorf("%s: %w", before, ErrNotFound)
+		}
+		start, startPos = d.block, d.pos
+	}
+	var uuids [][16]byte
+	take := func(n uint64, pos uint32, uuid [16]byte) {
+		if (n < start || n == start && pos < startPos) && len(uuids) < limit {
+			uuids = append(uuids, uuid)
+		}
+	}
+	l.mu.Lock()
+	for _, b := range []*block{l.open, l.sealing} {
+		for i := 0; b != nil && i < len(b.recs); i++ {
+			if r := &b.recs[len(b.recs)-1-i]; r.decision {
+				take(b.n, uint32(len(b.recs)-1-i), r.uuid)
+			}
+		}
+	}
+	l.mu.Unlock()
+	for n := l.blocks.Load(); n > 0 && len(uuids) < limit; n-- {
+		if n-1 > start {
+			continue
+		}
+		h, _, ok, err := l.store.parseHeaderAt(n - 1)
+		if err != nil {
+			return nil, err
+		}
+		if !ok || h.Count == 0 {
+			continue
+		}
+		leaves, err := l.store.records(n-1, h.Count)
+		if err != nil {
+			return nil, err
+		}
+		for pos := len(leaves) - 1; pos >= 0; pos-- {
+			if bytes.HasPrefix(leaves[pos], []byte(receipt.DecisionPrefix)) {
+				take(n-1, uint32(pos), leafUUID(leaves[pos]))
+			}
+		}
+	}
+	for _, uuid := range uuids {
+		d, o, err := l.find(uuid)
+		if err != nil {
+			return nil, err
+		}
+		if d == nil {
+			continue
+		}
+		s, err := l.summary(ctx, d, o)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, s)
+	}
+	return out, nil
+}
+
+// Bundle returns the bundle of a receipt under the latest signed checkpoint. ErrNotFound; ErrPending while the decision is not
+// under one. An outcome that is not under it yet is left out: the receipt is then pending in that respect.
+func (l *Log) Bundle(ctx context.Context, id string, evidence bool) ([]byte, error) {
+	uuid, _, err := receipt.ParseID(id)
+	if err != nil {
+		return nil, err
+	}
+	d, o, err := l.find(uuid)
+	if err != nil {
+		return nil, err
+	}
+	if d == nil {
+		return nil, fmt.Errorf("%s: %w", id, ErrNotFound)
+	}
+	p, err := l.newProver(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return p.bundle(d, o, evidence)
+}
+
+// Export yields the bundles of every receipt under one and the same signed checkpoint, in order of admission, with how many
+// there are in all (an upper bound: records are counted, receipts have one or two).
+func (l *Log) Export(ctx context.Context, evidence bool) iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
+		p, err := l.newProver(ctx)
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		for n := uint64(0); n < l.blocks.Load(); n++ {
+			idx, known, err := l.store.index(n)
+			if err != nil {
+				yield(nil, err)
+				return
+			}
+			if !known || idx >= p.cp.size {
+				return
+			}
+			if !l.exportBlock(ctx, p, n, evidence, yield) {
+				return
+			}
+		}
+	}
+}
+
+func (l *Log) exportBlock(ctx context.Context, p *prover, n uint64, evidence bool, yield func([]byte, error) bool) bool {
+	h, _, ok, err := l.store.parseHeaderAt(n)
+	if err != nil || !ok {
+		return yield(nil, errors.Join(err, fmt.Errorf("export: block %d is missing or damaged: run knhk fsck", n))) && false
+	}
+	if h.Count == 0 {
+		return true
+	}
+	leaves, err := l.store.records(n, h.Count)
+	if err != nil {
+		return yield(nil, err) && false
+	}
+	for pos, leaf := range leaves {
+		if !bytes.HasPrefix(leaf, []byte(receipt.DecisionPrefix)) {
+			continue
+		}
+		d := &found{leaf: leaf, block: n, pos: uint32(pos), sealed: true}
+		o, err := l.findOutcomes(leafUUID(leaf), n)
+		if err != nil {
+			return yield(nil, err) && false
+		}
+		b, err := p.bundle(d, o, evidence)
+		if !yield(b, err) || err != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// prover makes bundles under one checkpoint. Not safe for concurrent use.
+type prover struct {
+	l       *Log
+	cp      *checkpoint
+	hashes  tlog.HashReader
+	headers map[uint64]receipt.Proof // by block: proofs are the same for every receipt of a block
+	keys    []receipt.Proof
+}
+
+func (l *Log) newProver(ctx context.Context) (*prover, error) {
+	cp, err := l.checkpoint(ctx)
+	if err != nil {
+		return nil, err
+	}
+	p := &prover{l: l, cp: cp, headers: map[uint64]receipt.Proof{}}
+	tree := tlog.Tree{N: int64(cp.size), Hash: tlog.Hash(cp.root)}
+	p.hashes = torchwood.TileHashReaderWithContext(ctx, tree, tileReader{l.reader})
+	return p, p.loadKeys()
+}
+
+// loadKeys takes the statements of the daily keys that signed this checkpoint.
+func (p *prover) loadKeys() error {
+	it, err := p.l.store.db.NewIter(&pebble.IterOptions{LowerBound: []byte{kKey}, UpperBound: []byte{kKey + 1}})
+	if err != nil {
+		return fmt.Errorf("read key statements: %w", err)
+	}
+	for it.Last(); it.Valid(); it.Prev() {
+		idx := binary.BigEndian.Uint64(it.Key()[1:])
+		if idx >= p.cp.size {
+			continue
+		}
+		leaf := bytes.Clone(it.Value())
+		ks, err := receipt.ParseKeyStatement(leaf)
+		if err != nil {
+			return errors.Join(fmt.Errorf("key statement at index %d: %w", idx, err), it.Close())
+		}
+		if !signedBy(p.cp.raw, ks.Key) {
+			continue
+		}
+		proof, err := p.prove(idx)
+		if err != nil {
+			return errors.Join(err, it.Close())
+		}
+		p.keys = append(p.keys, receipt.Proof{Leaf: leaf, Text: proof})
+		break
+	}
+	return errors.Join(it.Error(), it.Close())
+}
+
+// prove makes the tlog-proof of one leaf of the log.
+func (p *prover) prove(index uint64) ([]byte, error) {
+	proof, err := tlog.ProveRecord(int64(p.cp.size), int64(index), p.hashes)
+	if err != nil {
+		return nil, fmt.Errorf("prove leaf %d: %w", index, err)
+	}
+	return torchwood.FormatProof(int64(index), proof, p.cp.raw), nil
+}
+
+func (p *prover) bundle(d *found, outcomes []*found, evidence bool) ([]byte, error) {
+	b := receipt.Bundle{Keys: p.keys}
+	recs := []*found{d}
+	for _, o := range outcomes {
+		if !o.sealed {
+			break
+		}
+		if idx, known, err := p.l.store.index(o.block); err != nil {
+			return nil, err
+		} else if !known || idx >= p.cp.size {
+			break
+		}
+		recs = append(recs, o)
+	}
+	at := map[uint64]int{}
+	for _, f := range recs {
+		if !f.sealed {
+			return nil, ErrPending
+		}
+		if _, ok := at[f.block]; !ok {
+			h, err := p.header(f.block)
+			if err != nil {
+				return nil, err
+			}
+			at[f.block] = len(b.Headers)
+			b.Headers = append(b.Headers, h)
+		}
+		tree, err := p.l.tree(f.block)
+		if err != nil {
+			return nil, err
+		}
+		b.Records = append(b.Records, receipt.Record{
+			Leaf: f.leaf, Header: at[f.block], Index: uint64(f.pos), Size: uint64(tree.Len()), Path: tree.Path(int(f.pos)),
+		})
+	}
+	if evidence {
+		raw, err := p.l.store.record(kEvidence, d.block, uint64(d.pos))
+		if err != nil {
+			return nil, err
+		}
+		ev, err := receipt.ParseEvidence(raw)
+		if err != nil {
+			return nil, err
+		}
+		b.Evidence = ev
+	}
+	return b.Marshal()
+}
+
+func (p *prover) header(n uint64) (receipt.Proof, error) {
+	if h, ok := p.headers[n]; ok {
+		return h, nil
+	}
+	idx, known, err := p.l.store.index(n)
+	if err != nil {
+		return receipt.Proof{}, err
+	}
+	if !known || idx >= p.cp.size {
+		return receipt.Proof{}, ErrPending
+	}
+	leaf, err := p.l.store.header(n)
+	if err != nil {
+		return receipt.Proof{}, err
+	}
+	proof, err := p.prove(idx)
+	if err != nil {
+		return receipt.Proof{}, err
+	}
+	h := receipt.Proof{Leaf: leaf, Text: proof}
+	if len(p.headers) > 64 {
+		clear(p.headers)
+	}
+	p.headers[n] = h
+	return h, nil
+}
+
+// tree is the inner tree of block n, rebuilt from its records: leaf hashes are not stored while the records are.
+func (l *Log) tree(n uint64) (*receipt.Tree, error) {
+	if t, ok := l.trees.Get(n); ok {
+		return t, nil
+	}
+	h, _, ok, err := l.store.parseHeaderAt(n)
+	if err != nil || !ok {
+		return nil, errors.Join(err, fmt.Errorf("block %d is missing", n))
+	}
+	leaves, err := l.store.records(n, h.Count)
+	if err != nil {
+		return nil, err
+	}
+	hashes := make([]receipt.Hash, len(leaves))
+	for i, leaf := range leaves {
+		hashes[i] = receipt.LeafHash(leaf)
+	}
+	t := receipt.NewTree(hashes)
+	if t.Root() != h.Root {
+		return nil, fmt.Errorf("block %d: records do not hash to the header's root: run knhk fsck", n)
+	}
+	l.trees.Add(n, t)
+	return t, nil
+}
+
+// tileReader serves torchwood from Tessera's reader.
+type tileReader struct{ r tessera.LogReader }
+
+func (t tileReader) ReadTiles(ctx context.Context, tiles []tlog.Tile) ([][]byte, error) {
+	out := make([][]byte, len(tiles))
+	for i, tile := range tiles {
+		b, err := t.r.ReadTile(ctx, uint64(tile.L), uint64(tile.N), uint8(tile.W%256))
+		if err != nil {
+			return nil, err
+		}
+		// A full tile may stand where a partial one was asked for.
+		out[i] = b[:min(len(b), tile.W*tlog.HashSize)]
+	}
+	return out, nil
+}
+
+func (t tileReader) SaveTiles([]tlog.Tile, [][]byte) {}
+
+func (t tileReader) ReadEndpoint(context.Context, string) ([]byte, error) {
+	return nil, errors.New("not a file tree")
+}
+
+type logLeaf struct {
+	index uint64
+	data  []byte
+}
+
+// bundleReader is the part of a log that leaves are read from.
+type bundleReader interface {
+	ReadEntryBundle(ctx context.Context, index uint64, p uint8) ([]byte, error)
+}
+
+// logLeaves yields the leaves [from, size) of the log.
+func logLeaves(ctx context.Context, r bundleReader, from, size uint64) iter.Seq2[logLeaf, error] {
+	return func(yield func(logLeaf, error) bool) {
+		for i := from; i < size; {
+			b, err := client.GetEntryBundle(ctx, r.ReadEntryBundle, i/256, size)
+			if err != nil {
+				yield(logLeaf{}, fmt.Errorf("read log leaf %d: %w", i, err))
+				return
+			}
+			for end := min(size, i-i%256+256); i < end; i++ {
+				if i%256 >= uint64(len(b.Entries)) {
+					yield(logLeaf{}, fmt.Errorf("read log leaf %d: its bundle holds %d entries only", i, len(b.Entries)))
+					return
+				}
+				if !yield(logLeaf{i, b.Entries[i%256]}, nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// Receipts estimates how many receipts the blocks hold: half of their records, rounded up.
+func (l *Log) Receipts() (uint64, error) {
+	var records uint64
+	for n := range l.blocks.Load() {
+		h, _, ok, err := l.store.parseHeaderAt(n)
+		if err != nil {
+			return 0, err
+		}
+		if ok {
+			records += h.Count
+		}
+	}
+	return (records + 1) / 2, nil
+}

@@ -1,0 +1,173 @@
+package receiptlog
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json/v2"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+const stateVersion = "knhk-state 1\n"
+
+// identity is what log.json fixes for the life of a directory.
+type identity struct {
+	Origin   string `json:"origin"`   // full origin, log id included
+	LogID    string `json:"log_id"`   // 16 bytes, hex
+	Identity string `json:"identity"` // verifier key of the identity key
+}
+
+func (id identity) logID() (out [16]byte) {
+	b, err := hex.DecodeString(id.LogID)
+	if err != nil || len(b) != len(out) {
+		return out
+	}
+	copy(out[:], b)
+	return out
+}
+
+// lockDir makes the directory if need be, takes its lock and checks its version. The lock lives as long as the file is open.
+func lockDir(dir string, create bool) (*os.File, error) {
+	if create {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("open state_dir: %w", err)
+		}
+	} else if _, err := os.Stat(filepath.Join(dir, "VERSION")); err != nil {
+		return nil, fmt.Errorf("open state_dir %s: no VERSION file: not a knhk state directory: %w", dir, err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock state_dir: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock state_dir %s: another knhk owns it (%w): stop that one, or give this one its own state_dir", dir, err)
+	}
+	if err := checkVersion(dir, create); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func checkVersion(dir string, create bool) error {
+	path := filepath.Join(dir, "VERSION")
+	b, err := os.ReadFile(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && create:
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return fmt.Errorf("read state_dir: %w", err)
+		}
+		for _, e := range entries {
+			if e.Name() != "lock" {
+				return fmt.Errorf("open state_dir %s: holds %q but no VERSION file: not a knhk state directory, give an empty one", dir, e.Name())
+			}
+		}
+		return writeFile(path, []byte(stateVersion))
+	case err != nil:
+		return fmt.Errorf("read state_dir version: %w", err)
+	case string(b) != stateVersion:
+		return fmt.Errorf("open state_dir %s: VERSION says %q, this program reads %q", dir, strings.TrimSpace(string(b)),
+			strings.TrimSpace(stateVersion))
+	}
+	return nil
+}
+
+// loadIdentity reads log.json, or makes it: a new directory is a new log. prefix is the configured origin, vkey makes the
+// identity key's verifier key for a full origin.
+func loadIdentity(dir, prefix string, vkey func(origin string) (string, error)) (identity, error) {
+	path := filepath.Join(dir, "log.json")
+	id, err := readIdentity(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		var raw [16]byte
+		if _, err := rand.Read(raw[:]); err != nil {
+			return identity{}, fmt.Errorf("make log id: %w", err)
+		}
+		id = identity{LogID: hex.EncodeToString(raw[:])}
+		id.Origin = prefix + "/" + id.LogID[:16]
+		if id.Identity, err = vkey(id.Origin); err != nil {
+			return identity{}, err
+		}
+		b, err := json.Marshal(id)
+		if err != nil {
+			return identity{}, fmt.Errorf("encode log.json: %w", err)
+		}
+		if err := writeFile(path, append(b, '\n')); err != nil {
+			return identity{}, err
+		}
+		return id, writeFile(filepath.Join(dir, "policy"), policyText(id))
+	}
+	if err != nil {
+		return identity{}, err
+	}
+	if want := prefix + "/" + id.LogID[:16]; id.Origin != want {
+		return identity{}, fmt.Errorf("open log: state_dir %s holds the log %s, the configuration says origin %s: "+
+			"an origin is for ever; give the new one its own state_dir", dir, id.Origin, prefix)
+	}
+	got, err := vkey(id.Origin)
+	if err != nil {
+		return identity{}, err
+	}
+	if got != id.Identity {
+		return identity{}, fmt.Errorf("open log: keys.identity is %s, but this log was begun with %s: the identity key of a log "+
+			"never changes; restore that key or start a new state_dir", got, id.Identity)
+	}
+	return id, nil
+}
+
+func readIdentity(dir string) (identity, error) {
+	b, err := os.ReadFile(filepath.Join(dir, "log.json"))
+	if err != nil {
+		return identity{}, fmt.Errorf("read log.json: %w", err)
+	}
+	var id identity
+	if err := json.Unmarshal(b, &id, json.RejectUnknownMembers(true)); err != nil {
+		return identity{}, fmt.Errorf("read log.json: %w", err)
+	}
+	if raw, err := hex.DecodeString(id.LogID); err != nil || len(raw) != 16 || id.Origin == "" || id.Identity == "" {
+		return identity{}, fmt.Errorf("read log.json: damaged: log id %q, origin %q", id.LogID, id.Origin)
+	}
+	return id, nil
+}
+
+// policyText is the policy file of a log: its identity key, nothing else.
+func policyText(id identity) []byte {
+	return fmt.Appendf(nil, "# Policy for `knhk verify`, torchwood and other C2SP tools: the identity key of this log.\nlog %s\nquorum none\n",
+		id.Identity)
+}
+
+// writeFile replaces path durably: a crash leaves the old content or the new, never a part.
+func writeFile(path string, b []byte) error {
+	tmp := path + ".tmp"
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	_, err = f.Write(b)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err == nil {
+		err = syncDir(filepath.Dir(path))
+	}
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

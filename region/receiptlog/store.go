@@ -1,0 +1,252 @@
+package receiptlog
+
+import (
+	"encoding/binary"
+	"encoding/json/v2"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/knhk/sidecar/crypto/receipt"
+)
+
+// chunkRecords is the number of records that are compressed and read together.
+const chunkRecords = 256
+
+// The key spaces. n is the local number of a block: dense over all incarnations, big endian, so that keys sort by it.
+//
+//	H n          header leaf
+//	X n          index of the header leaf in the log, once known
+//	C n chunk    records chunk*256.. of the block, zstd
+//	E n chunk    evidence of the same records, zstd; kept apart so that it can be erased
+//	I n          id index of the block: sorted (hash32 of the receipt id, position) pairs
+//	O uuid n     block of an outcome that stands more than farBlocks after its decision
+//	P uuid       decision without outcome: n, position
+//	Q hash n pos decision found by x-request-id or trace id: hash64 of the value
+//	T time n     block by the time it was closed
+//	K index      key statement leaf, by its index in the log
+//	M name       small state, JSON
+const (
+	kHeader   = 'H'
+	kIndex    = 'X'
+	kRecords  = 'C'
+	kEvidence = 'E'
+	kIDs      = 'I'
+	kOutcome  = 'O'
+	kPending  = 'P'
+	kQuery    = 'Q'
+	kTime     = 'T'
+	kKey      = 'K'
+	kMeta     = 'M'
+)
+
+// farBlocks is how many blocks after its decision's an outcome is searched for without an O key.
+const farBlocks = 3
+
+// store is the Pebble database of closed blocks. Every method is safe for concurrent use.
+type store struct {
+	db  *pebble.DB
+	enc *zstd.Encoder
+	dec *zstd.Decoder
+}
+
+type pebbleLog struct{ log *slog.Logger }
+
+func (p pebbleLog) Infof(format string, args ...any)  { p.log.Debug(fmt.Sprintf(format, args...)) }
+func (p pebbleLog) Errorf(format string, args ...any) { p.log.Error(fmt.Sprintf(format, args...)) }
+
+// Fatalf is Pebble's last word: it cannot go on and must not return. Dying is right: Envoy's calls then fail closed and the
+// next start audits what is there.
+func (p pebbleLog) Fatalf(format string, args ...any) {
+	p.log.Error("block store cannot go on", "error", fmt.Sprintf(format, args...))
+	panic("block store: " + fmt.Sprintf(format, args...))
+}
+
+func openStore(dir string, log *slog.Logger, fs vfs.FS, readOnly bool) (*store, error) {
+	if fs == nil {
+		fs = vfs.Default
+	}
+	opts := &pebble.Options{
+		FS: fs, Logger: pebbleLog{log.With("part", "pebble")}, ReadOnly: readOnly,
+		FormatMajorVersion: pebble.FormatNewest,
+		// Blocks arrive already compressed and once a second: a small memtable and few files in memory are enough.
+		MemTableSize: 16 << 20,
+	}
+	db, err := pebble.Open(filepath.Join(dir, "blocks"), opts)
+	if err != nil {
+		return nil, fmt.Errorf("open block store: %w", err)
+	}
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(64<<20))
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return &store{db: db, enc: enc, dec: dec}, nil
+}
+
+func (s *store) close() error {
+	s.dec.Close()
+	return errors.Join(s.enc.Close(), s.db.Close())
+}
+
+func key(kind byte, parts ...uint64) []byte {
+	k := make([]byte, 1, 1+8*len(parts))
+	k[0] = kind
+	for _, p := range parts {
+		k = binary.BigEndian.AppendUint64(k, p)
+	}
+	return k
+}
+
+func uuidKey(kind byte, uuid [16]byte) []byte { return append([]byte{kind}, uuid[:]...) }
+
+// get returns a copy of the value, nil when there is none.
+func (s *store) get(k []byte) ([]byte, error) {
+	v, c, err := s.db.Get(k)
+	if errors.Is(err, pebble.ErrNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read block store: %w", err)
+	}
+	out := append(make([]byte, 0, len(v)), v...)
+	return out, c.Close()
+}
+
+func (s *store) getMeta(name string, into any) (bool, error) {
+	b, err := s.get(append([]byte{kMeta}, name...))
+	if err != nil || b == nil {
+		return false, err
+	}
+	if err := json.Unmarshal(b, into); err != nil {
+		return false, fmt.Errorf("read block store: state %q is damaged: %w", name, err)
+	}
+	return true, nil
+}
+
+func putMeta(b *pebble.Batch, name string, v any) error {
+	j, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("encode state %q: %w", name, err)
+	}
+	return b.Set(append([]byte{kMeta}, name...), j, nil)
+}
+
+func (s *store) setMeta(name string, v any) error {
+	b := s.db.NewBatch()
+	defer b.Close()
+	if err := putMeta(b, name, v); err != nil {
+		return err
+	}
+	if err := b.Commit(pebble.Sync); err != nil {
+		return fmt.Errorf("write block store: %w", err)
+	}
+	return nil
+}
+
+func (s *store) activateDaily(k dailyKey) error {
+	b := s.db.NewBatch()
+	defer b.Close()
+	err := errors.Join(putMeta(b, "daily", k), b.Delete(append([]byte{kMeta}, "daily-next"...), nil),
+		b.Set(key(kKey, k.Index), k.Statement, nil))
+	if err == nil {
+		err = b.Commit(pebble.Sync)
+	}
+	if err != nil {
+		return fmt.Errorf("write daily key: %w", err)
+	}
+	return nil
+}
+
+func (s *store) header(n uint64) ([]byte, error) { return s.get(key(kHeader, n)) }
+
+func (s *store) setIndex(n, index uint64) error {
+	return s.db.Set(key(kIndex, n), binary.BigEndian.AppendUint64(nil, index), pebble.NoSync)
+}
+
+func (s *store) index(n uint64) (uint64, bool, error) {
+	b, err := s.get(key(kIndex, n))
+	if err != nil || len(b) != 8 {
+		return 0, false, err
+	}
+	return binary.BigEndian.Uint64(b), true, nil
+}
+
+// appendChunk adds one length-prefixed item to a chunk's plain bytes.
+func appendChunk(dst, item []byte) []byte {
+	return append(binary.AppendUvarint(dst, uint64(len(item))), item...)
+}
+
+// chunk reads the items of one chunk.
+func (s *store) chunk(kind byte, n, c uint64) ([][]byte, error) {
+	z, err := s.get(key(kind, n, c))
+	if err != nil {
+		return nil, err
+	}
+	if z == nil {
+		return nil, fmt.Errorf("block %d: chunk %d is missing", n, c)
+	}
+	plain, err := s.dec.DecodeAll(z, nil)
+	if err != nil {
+		return nil, fmt.Errorf("block %d: chunk %d is damaged: %w", n, c, err)
+	}
+	var items [][]byte
+	for len(plain) > 0 {
+		size, w := binary.Uvarint(plain)
+		if w <= 0 || size > uint64(len(plain)-w) {
+			return nil, fmt.Errorf("block %d: chunk %d is damaged", n, c)
+		}
+		items = append(items, plain[w:w+int(size)])
+		plain = plain[w+int(size):]
+	}
+	return items, nil
+}
+
+// record reads the record at pos of block n.
+func (s *store) record(kind byte, n, pos uint64) ([]byte, error) {
+	items, err := s.chunk(kind, n, pos/chunkRecords)
+	if err != nil {
+		return nil, err
+	}
+	if i := pos % chunkRecords; i < uint64(len(items)) {
+		return items[i], nil
+	}
+	return nil, fmt.Errorf("block %d: record %d is missing", n, pos)
+}
+
+// records reads all records of block n, which holds count.
+func (s *store) records(n, count uint64) ([][]byte, error) {
+	all := make([][]byte, 0, count)
+	for c := uint64(0); c*chunkRecords < count; c++ {
+		items, err := s.chunk(kRecords, n, c)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, items...)
+	}
+	if uint64(len(all)) != count {
+		return nil, fmt.Errorf("block %d: holds %d records, its header says %d", n, len(all), count)
+	}
+	return all, nil
+}
+
+// parseHeaderAt reads and parses the header of block n; ok is false when there is no such block.
+func (s *store) parseHeaderAt(n uint64) (h *receipt.Header, leaf []byte, ok bool, err error) {
+	leaf, err = s.header(n)
+	if err != nil || leaf == nil {
+		return nil, nil, false, err
+	}
+	h, err = receipt.ParseHeader(leaf)
+	if err != nil {
+		return h, leaf, true, fmt.Errorf("block %d: %w", n, err)
+	}
+	return h, leaf, true, nil
+}

@@ -1,0 +1,298 @@
+package config
+
+import (
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+	"unicode/utf8"
+
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
+)
+
+// bend is a change of full.yaml that must be refused.
+type bend struct {
+	at   string // path in full.yaml of the setting that is changed
+	to   string // its new value as written in YAML; "" takes the setting out of the file
+	want string // part of the message
+	path string // path of the problem when it is not at
+}
+
+const (
+	notDuration = "missing unit"
+	notUint     = "is not a whole number"
+	notBool     = "is not true or false"
+	notMapping  = "want a mapping"
+	required    = "is required"
+)
+
+// fieldCase is what TestFields knows about one field of config.proto.
+type fieldCase struct {
+	bends []bend
+	legal string // why every value of the right type is legal; then bends only holds wrong types
+}
+
+func bends(b ...bend) fieldCase { return fieldCase{bends: b} }
+
+const eitherLegal = "a switch: both positions are legal by themselves"
+
+// fieldCases has a case for every field there is, by the path of the field with [] for list items.
+var fieldCases = map[string]fieldCase{
+	"origin":    bends(bend{at: "origin", want: required}, bend{at: "origin", to: "https://example.com", want: "pattern"}),
+	"instance":  bends(bend{at: "instance", want: required}, bend{at: "instance", to: "A.1", want: "pattern"}),
+	"state_dir": bends(bend{at: "state_dir", want: required}, bend{at: "state_dir", to: `"/var\0"`, want: "NUL"}),
+
+	"listeners": bends(bend{at: "listeners", want: required}, bend{at: "listeners", to: "5", want: notMapping}),
+	"listeners.envoy": bends(bend{at: "listeners.envoy", want: required},
+		bend{at: "listeners.envoy", to: "0.0.0.0:9000", want: "no TLS"},
+		bend{at: "listeners.envoy", to: "example.com:9000", want: "not an IP address"},
+		bend{at: "listeners.envoy", to: "unix:run/x", want: "not absolute"}),
+	"listeners.admin": bends(bend{at: "listeners.admin", want: required},
+		bend{at: "listeners.admin", to: "9090", want: "missing port"},
+		bend{at: "listeners.admin", to: "unix:/run/knhk/envoy.sock", want: "taken by listeners.envoy"}),
+	"listeners.tiles": bends(bend{at: "listeners.tiles", to: ":9091", want: "not an IP address"},
+		bend{at: "listeners.tiles", to: "'[::]:9091'", want: "no TLS"}),
+
+	"keys": bends(bend{at: "keys", want: required}, bend{at: "keys", to: "[]", want: notMapping}),
+	"keys.identity": bends(bend{at: "keys.identity", want: required},
+		bend{at: "keys.identity", to: "soft:x", want: notMapping}),
+	"keys.identity.uri": bends(bend{at: "keys.identity.uri", want: required},
+		bend{at: "keys.identity.uri", to: "file:/key", want: "soft:"}),
+	"keys.identity.algorithm": bends(bend{at: "keys.identity.algorithm", to: "RSA", want: "want ED25519 or P256"},
+		bend{at: "keys.identity.algorithm", to: "2", want: "want ED25519 or P256"}),
+	"keys.daily": bends(bend{at: "keys.daily", want: required}, bend{at: "keys.daily", to: "x", want: notMapping}),
+	"keys.daily.uri": bends(bend{at: "keys.daily.uri", want: required},
+		bend{at: "keys.daily.uri", to: "pkcs11:token=t", want: "missing"},
+		bend{at: "keys.daily.uri", to: "pkcs11:token=knhk;object=identity?module-path=/usr/lib/softhsm/libsofthsm2.so" +
+			"&pin-source=file:/etc/knhk/pin", want: "same key"}),
+	"keys.daily.algorithm": bends(bend{at: "keys.daily.algorithm", to: "ed25519", want: "want ED25519 or P256"}),
+	"keys.daily_max_age": bends(bend{at: "keys.daily_max_age", to: "25h", want: "86400s"},
+		bend{at: "keys.daily_max_age", to: "0s", want: "greater than 0s"}),
+
+	"log": bends(bend{at: "log", to: "true", want: notMapping}),
+	"log.seal_every": bends(bend{at: "log.seal_every", to: "99ms", want: "0.1"},
+		bend{at: "log.seal_every", to: "61s", want: "60s"},
+		bend{at: "log.seal_every", to: "5", want: notDuration}),
+	"log.max_unsigned": bends(bend{at: "log.max_unsigned", to: "999ms", want: "1s"},
+		bend{at: "log.max_unsigned", to: "61m", want: "3600s"},
+		bend{at: "log.max_unsigned", to: "1s", want: "less than log.seal_every"}),
+	"log.heartbeat": bends(bend{at: "log.heartbeat", to: "61m", want: "3600s"},
+		bend{at: "log.heartbeat", to: "1s", want: "less than log.seal_every"}),
+	"log.outcome_timeout": bends(bend{at: "log.outcome_timeout", to: "8d", want: "unknown unit"},
+		bend{at: "log.outcome_timeout", to: "169h", want: "604800s"},
+		bend{at: "log.outcome_timeout", to: "5s", want: "more than log.outcome_timeout", path: "routes[0].timeout"}),
+	"log.wal_segment_mib": bends(bend{at: "log.wal_segment_mib", to: "1025", want: "1024"},
+		bend{at: "log.wal_segment_mib", to: "0", want: "at least 1"},
+		bend{at: "log.wal_segment_mib", to: "64MiB", want: notUint}),
+	"log.wal_max_mib": bends(bend{at: "log.wal_max_mib", to: "95", want: "three segments"},
+		bend{at: "log.wal_max_mib", to: "00", want: "at least 1"},
+		bend{at: "log.wal_max_mib", to: "1048577", want: "1048576"}),
+
+	"beat": bends(bend{at: "beat", to: "[]", want: notMapping}),
+	"beat.cycle": bends(bend{at: "beat.cycle", to: "7ms", want: "0.008"}, bend{at: "beat.cycle", to: "9s", want: "8s"},
+		bend{at: "beat.cycle", to: "80ms", want: "more than one cycle", path: "beat.w1.max_wait"}),
+	"beat.r1": bends(bend{at: "beat.r1", to: "4096", want: notMapping}),
+	"beat.r1.capacity": bends(bend{at: "beat.r1.capacity", to: "0", want: "at least 1"},
+		bend{at: "beat.r1.capacity", to: "1000001", want: "1000000"}),
+	"beat.r1.max_wait": bends(bend{at: "beat.r1.max_wait", to: "1ns", want: "never waits"},
+		bend{at: "beat.r1.max_wait", to: "-1s", want: "0s"}),
+	"beat.r1.commit_timeout": bends(bend{at: "beat.r1.commit_timeout", to: "51ms", want: "not loosened"},
+		bend{at: "beat.r1.commit_timeout", to: "0s", want: "more than 0s"}),
+	"beat.w1": bends(bend{at: "beat.w1", to: "''", want: notMapping}),
+	"beat.w1.capacity": bends(bend{at: "beat.w1.capacity", to: "-1", want: notUint},
+		bend{at: "beat.w1.capacity", to: "1e3", want: notUint}),
+	"beat.w1.max_wait": bends(bend{at: "beat.w1.max_wait", to: "257ms", want: "more than one cycle"}),
+	"beat.w1.commit_timeout": bends(bend{at: "beat.w1.commit_timeout", to: "501ms", want: "not loosened"},
+		bend{at: "beat.w1.commit_timeout", to: "null", want: "has no value"}),
+
+	"class_rules": bends(bend{at: "class_rules", to: "{}", want: "want a list"}),
+	"class_rules[].name": bends(bend{at: "class_rules[0].name", to: "a b", want: "pattern"},
+		bend{at: "class_rules[1].name", to: "static", want: "taken by class_rules[0]"}),
+	"class_rules[].when": bends(bend{at: "class_rules[0].when", want: required, path: "class_rules[0].when"},
+		bend{at: "class_rules[0].when", to: "path.size()", want: "want bool"},
+		bend{at: "class_rules[1].when", to: "spiffe == ''", want: "undeclared reference to 'spiffe'"}),
+	"class_rules[].class": bends(bend{at: "class_rules[0].class", want: required},
+		bend{at: "class_rules[0].class", to: "C1", want: "want R1 or W1"}),
+
+	"default_route":                    bends(bend{at: "default_route", to: "W1", want: notMapping}),
+	"default_route.class":              bends(bend{at: "default_route.class", to: "r1", want: "want R1 or W1"}),
+	"default_route.on_receipt_failure": bends(bend{at: "default_route.on_receipt_failure", to: "allow", want: "want DENY or ALLOW"}),
+	"default_route.exclude":            {bends(bend{at: "default_route.exclude", to: "yes", want: notBool}).bends, eitherLegal},
+	"default_route.tenant":             bends(bend{at: "default_route.tenant", to: strings.Repeat("x", 65), want: "64 characters"}),
+	"default_route.classify_body": bends(bend{at: "default_route.tenant", to: "x\n  classify_body: true",
+		want: "cannot stand beside exclude",
+		path: "default_route.classify_body"}),
+
+	"routes": bends(bend{at: "routes", to: "orders", want: "want a list"},
+		bend{at: "routes", to: "[orders]", want: notMapping, path: "routes[0]"}),
+	"routes[].name": bends(bend{at: "routes[0].name", to: "''", want: "pattern"},
+		bend{at: "routes[1].name", to: "orders", want: "taken by routes[0]"}),
+	"routes[].policy":       bends(bend{at: "routes[0].policy", to: "R1", want: notMapping}),
+	"routes[].policy.class": bends(bend{at: "routes[1].policy.class", to: "hot", want: "want R1 or W1"}),
+	"routes[].policy.on_receipt_failure": bends(bend{at: "routes[0].policy.on_receipt_failure", to: "true",
+		want: "want DENY or ALLOW"}),
+	"routes[].policy.exclude": {bends(bend{at: "routes[0].policy.tenant", to: "x\n      exclude: 1", want: notBool,
+		path: "routes[0].policy.exclude"}).bends, eitherLegal},
+	"routes[].policy.tenant": bends(bend{at: "routes[0].policy.tenant", to: strings.Repeat("é", 65), want: "64 characters"}),
+	"routes[].policy.classify_body": bends(bend{at: "routes[0].policy.tenant", to: "x\n      exclude: true",
+		want: "cannot stand beside exclude",
+		path: "routes[0].policy.classify_body"}),
+	"routes[].prefix": bends(bend{at: "routes[0].prefix", to: "orders", want: "pattern"},
+		bend{at: "routes[1].prefix", to: "/orders", want: "never reach"}),
+	"routes[].cluster": bends(bend{at: "routes[0].cluster", to: "order", want: "not the name of one of envoy.clusters"}),
+	"routes[].timeout": bends(bend{at: "routes[0].timeout", to: "-1s", want: "0s"},
+		bend{at: "routes[0].timeout", to: "31m", want: "more than log.outcome_timeout"}),
+	"routes[].retries": bends(bend{at: "routes[0].retries", to: "11", want: "10"},
+		bend{at: "routes[0].retries", to: "'2'", want: notUint}),
+	"routes[].websocket": {bends(bend{at: "routes[1].websocket", to: "0", want: notBool},
+		bend{at: "routes[0].retries", to: "2\n    websocket: true", want: "cannot stand beside policy.classify_body",
+			path: "routes[0].websocket"}).bends,
+		eitherLegal + ", except beside classify_body"},
+	"routes[].internal_redirects": bends(bend{at: "routes[0].internal_redirects", to: "11", want: "10"}),
+
+	"envoy": bends(bend{at: "envoy", to: "0", want: notMapping}),
+	"envoy.listener": bends(bend{at: "envoy.listener", to: "0.0.0.0:0", want: "name a port"},
+		bend{at: "envoy.listener", to: "unix:/x", want: "want host:port"},
+		bend{at: "envoy.listener", to: "0.0.0.0:8081", want: "taken", path: "envoy.admin"}),
+	"envoy.admin": bends(bend{at: "envoy.admin", to: "0.0.0.0:9901", want: "no TLS"},
+		bend{at: "envoy.admin", to: "127.0.0.1:99999", want: "0 to 65535"}),
+	"envoy.clusters": bends(bend{at: "envoy.clusters", to: "x", want: "want a list"}),
+	"envoy.clusters[].name": bends(bend{at: "envoy.clusters[1].name", to: "orders", want: "taken by"},
+		bend{at: "envoy.clusters[0].name", to: "/", want: "pattern"}),
+	"envoy.clusters[].endpoints": bends(bend{at: "envoy.clusters[0].endpoints", to: "[]", want: "at least 1"},
+		bend{at: "envoy.clusters[0].endpoints", want: required},
+		bend{at: "envoy.clusters[0].endpoints", to: "['a:1', 'b']", want: "missing port", path: "envoy.clusters[0].endpoints[1]"},
+		bend{at: "envoy.clusters[0].endpoints", to: "[':1']", want: "not a host", path: "envoy.clusters[0].endpoints[0]"},
+		bend{at: "envoy.clusters[0].endpoints", to: "['a:0']", want: "port 0", path: "envoy.clusters[0].endpoints[0]"}),
+	"envoy.clusters[].http2": {bends(bend{at: "envoy.clusters[0].http2", to: "h2", want: notBool}).bends, eitherLegal},
+	"envoy.capture":          bends(bend{at: "envoy.capture", to: "OBSERVE", want: "want LEAN or FULL"}),
+	"envoy.message_timeout": bends(bend{at: "envoy.message_timeout", to: "300ms",
+		want: "does not exceed beat.w1.max_wait plus commit_timeout"},
+		bend{at: "envoy.message_timeout", to: "61s", want: "60s"}),
+	"envoy.access_log_flush": bends(bend{at: "envoy.access_log_flush", to: "9ms", want: "0.01"},
+		bend{at: "envoy.access_log_flush", to: "11s", want: "10s"}),
+	"envoy.max_requests": bends(bend{at: "envoy.max_requests", to: "0", want: "at least 1"},
+		bend{at: "envoy.max_requests", to: "10000001", want: "10000000"}),
+	"envoy.max_connection_duration": bends(bend{at: "envoy.max_connection_duration", to: "0s", want: "1s"},
+		bend{at: "envoy.max_connection_duration", to: "25h", want: "86400s"}),
+
+	"dry_run":  {bends(bend{at: "dry_run", to: "on", want: notBool}).bends, eitherLegal},
+	"shutdown": bends(bend{at: "shutdown", to: "10s", want: notMapping}),
+	"shutdown.announce": bends(bend{at: "shutdown.announce", to: "61s", want: "60s"},
+		bend{at: "shutdown.announce", to: "{seconds: 1}", want: "want a duration"}),
+	"shutdown.drain": bends(bend{at: "shutdown.drain", to: "-1ms", want: "0s"},
+		bend{at: "shutdown.drain", to: "301s", want: "300s"}),
+}
+
+// TestFields fails for a field without a case, so that no setting is added without its refusals.
+func TestFields(t *testing.T) {
+	full, err := os.ReadFile("testdata/full.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Parse("full.yaml", full); err != nil {
+		t.Fatalf("full.yaml itself: %v", err)
+	}
+	seen := make(map[string]bool)
+	fieldPaths((&configv1.Config{}).ProtoReflect().Descriptor(), "", func(path string, _ protoreflect.FieldDescriptor) {
+		seen[path] = true
+		c, ok := fieldCases[path]
+		if !ok || len(c.bends) == 0 {
+			t.Errorf("%s: no case in fieldCases", path)
+		}
+		for _, b := range c.bends {
+			t.Run(b.at+"="+printable(b.to), func(t *testing.T) { b.run(t, string(full)) })
+		}
+	})
+	for path := range fieldCases {
+		if !seen[path] {
+			t.Errorf("fieldCases has %s, which is no field", path)
+		}
+	}
+}
+
+// fieldPaths calls fn for every field of md and of the messages in it.
+func fieldPaths(md protoreflect.MessageDescriptor, path string, fn func(string, protoreflect.FieldDescriptor)) {
+	for i := range md.Fields().Len() {
+		f := md.Fields().Get(i)
+		p := join(path, f.TextName())
+		fn(p, f)
+		if f.Message() != nil && f.Message().FullName() != "google.protobuf.Duration" {
+			if f.IsList() {
+				p += "[]"
+			}
+			fieldPaths(f.Message(), p, fn)
+		}
+	}
+}
+
+func (b bend) run(t *testing.T, full string) {
+	text, line, column := edit(t, full, b.at, b.to)
+	cfg, err := Parse("x.yaml", []byte(text))
+	if err == nil || cfg != nil {
+		t.Fatalf("accepted:\n%s", text)
+	}
+	want := b.path
+	if want == "" {
+		want = b.at
+	}
+	for _, p := range err.(Errors) {
+		if p.Path != want || !strings.Contains(p.Message, b.want) {
+			continue
+		}
+		if p.Line < 1 || p.Column < 1 || p.File != "x.yaml" || p.Snippet == "" {
+			t.Errorf("problem without a position: %+v", p)
+		}
+		// A value that is no scalar may begin in the next line, so its key is pointed at.
+		value := column + utf8.RuneCountInString(b.at[strings.LastIndexByte(b.at, '.')+1:]+": ")
+		if b.path == "" && b.to != "" && (p.Line != line || p.Column != column && p.Column < value) {
+			t.Errorf("problem at %d:%d, want %d:%d\n%v", p.Line, p.Column, line, value, p)
+		}
+		source, marker, _ := strings.Cut(p.Snippet, "\n")
+		if n := utf8.RuneCountInString(marker); n > utf8.RuneCountInString(source)+1 {
+			t.Errorf("the marker is beyond the line:\n%s", p.Snippet)
+		}
+		return
+	}
+	t.Errorf("no problem at %s with %q, but:\n%v", want, b.want, err)
+}
+
+var keyLine = regexp.MustCompile(`^((?:  )*(?:- )?)([a-z0-9_]+):`)
+
+// edit replaces the setting at path in the text of a YAML file with block style mappings, or takes it out, and says
+// where its key stands. A setting is its line and the deeper lines below.
+func edit(t *testing.T, text, path, to string) (out string, line, column int) {
+	t.Helper()
+	d := &document{file: "edit", places: make(map[string]place), bad: make(map[string]bool)}
+	if !d.read([]byte(text), new(configv1.Config)) {
+		t.Fatal(d.problems)
+	}
+	at, ok := d.places[path]
+	if !ok {
+		t.Fatalf("%s is not in the file", path)
+	}
+	line = at.key.Line
+	m := keyLine.FindStringSubmatch(d.lines[line-1])
+	if m == nil {
+		t.Fatalf("line %d is not a key: %q", line, d.lines[line-1])
+	}
+	indent, end := len(m[1]), line
+	for end < len(d.lines) {
+		rest := strings.TrimLeft(d.lines[end], " ")
+		if rest != "" && len(d.lines[end])-len(rest) <= indent {
+			break
+		}
+		end++
+	}
+	lines := append([]string(nil), d.lines[:line-1]...)
+	switch {
+	case to != "":
+		lines = append(lines, m[1]+m[2]+": "+to)
+	case strings.HasSuffix(m[1], "- "):
+		lines = append(lines, m[1]+"# taken out") // the item keeps its dash
+	}
+	lines = append(lines, d.lines[end:]...)
+	return strings.Join(lines, "\n"), line, indent + 1
+}

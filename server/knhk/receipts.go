@@ -1,0 +1,390 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/schollz/progressbar/v3"
+	"github.com/spf13/cobra"
+
+	adminv1 "github.com/knhk/sidecar/api/knhk/admin/v1"
+	"github.com/knhk/sidecar/api/knhk/admin/v1/adminv1connect"
+	"github.com/knhk/sidecar/crypto/receipt"
+)
+
+const defaultAdmin = "127.0.0.1:9003"
+
+func receiptsCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "receipts",
+		Short: "Read the receipts of a running knhk",
+		Args:  args(cobra.NoArgs),
+		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	admin := os.Getenv("KNHK_ADMIN")
+	if admin == "" {
+		admin = defaultAdmin
+	}
+	cmd.PersistentFlags().String("admin", admin, "admin listener of knhk: host:port or unix:/path (default from KNHK_ADMIN)")
+	cmd.AddCommand(getCmd(), listCmd(), exportCmd(), tailCmd(), statusCmd())
+	return cmd
+}
+
+// client talks to the admin listener.
+func client(cmd *cobra.Command) adminv1connect.ReceiptServiceClient {
+	addr, _ := cmd.Flags().GetString("admin")
+	t := &http.Transport{}
+	url := "http://" + addr
+	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
+		t.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", path)
+		}
+		url = "http://localhost"
+	}
+	return adminv1connect.NewReceiptServiceClient(&http.Client{Transport: t}, url)
+}
+
+// said turns an error of the admin API into one line that says what to do.
+func said(cmd *cobra.Command, err error) error {
+	if err == nil {
+		return nil
+	}
+	addr, _ := cmd.Flags().GetString("admin")
+	var ce *connect.Error
+	if !errors.As(err, &ce) {
+		return err
+	}
+	switch ce.Code() {
+	case connect.CodeUnavailable:
+		return fmt.Errorf("cannot reach knhk at %s (%s): is it running? --admin or KNHK_ADMIN says where", addr, ce.Message())
+	case connect.CodeInvalidArgument:
+		return usageError{errors.New(ce.Message())}
+	}
+	return errors.New(ce.Message())
+}
+
+func getCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "get ID",
+		Short: "Get the bundle of one receipt, or tell it as a story",
+		Long: `Get the bundle of one receipt as JSON, ready for 'knhk verify': by receipt id (the x-knhk-receipt header), or with
+--request-id or --trace-id. --story verifies it under the log's own policy and tells it in words.
+
+A fresh receipt has no proof until its block is sealed and signed, about a second later; --wait waits for that.`,
+		Args: args(cobra.MaximumNArgs(1)),
+		RunE: func(cmd *cobra.Command, a []string) error {
+			req := &adminv1.GetRequest{}
+			rid, _ := cmd.Flags().GetString("request-id")
+			tid, _ := cmd.Flags().GetString("trace-id")
+			switch n := len(a); {
+			case n == 1 && rid == "" && tid == "":
+				req.Key = &adminv1.GetRequest_Id{Id: a[0]}
+			case n == 0 && rid != "" && tid == "":
+				req.Key = &adminv1.GetRequest_RequestId{RequestId: rid}
+			case n == 0 && rid == "" && tid != "":
+				req.Key = &adminv1.GetRequest_TraceId{TraceId: tid}
+			default:
+				return usageError{errors.New("name one receipt: ID, --request-id or --trace-id")}
+			}
+			req.Evidence, _ = cmd.Flags().GetBool("evidence")
+			story, _ := cmd.Flags().GetBool("story")
+			req.Evidence = req.Evidence || story
+			wait, _ := cmd.Flags().GetDuration("wait")
+			bundle, err := getBundle(cmd, req, wait)
+			if err != nil {
+				return said(cmd, err)
+			}
+			if !story {
+				_, err = cmd.OutOrStdout().Write(append(bytes.TrimSuffix(bundle, []byte("\n")), '\n'))
+				return err
+			}
+			return tellStory(cmd, bundle)
+		},
+	}
+	cmd.Flags().String("request-id", "", "by x-request-id")
+	cmd.Flags().String("trace-id", "", "by W3C trace id (32 hex digits)")
+	cmd.Flags().Bool("evidence", false, "include the evidence: method, path, source and so on, with their salt")
+	cmd.Flags().Bool("story", false, "tell the receipt in words")
+	cmd.Flags().Duration("wait", 0, "wait this long for the receipt and its outcome to be sealed and signed")
+	return cmd
+}
+
+// getBundle asks until the bundle is there and has its outcome, or wait is over.
+func getBundle(cmd *cobra.Command, req *adminv1.GetRequest, wait time.Duration) ([]byte, error) {
+	deadline := time.Now().Add(wait)
+	for {
+		resp, err := client(cmd).Get(cmd.Context(), req)
+		again := connect.CodeOf(err) == connect.CodeFailedPrecondition || connect.CodeOf(err) == connect.CodeNotFound
+		if err == nil {
+			b, perr := receipt.ParseBundle(resp.GetBundle())
+			again = perr == nil && len(b.Records) < 2
+		}
+		if !again || time.Now().After(deadline) {
+			return resp.GetBundle(), err
+		}
+		select {
+		case <-cmd.Context().Done():
+			return nil, cmd.Context().Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+func tellStory(cmd *cobra.Command, bundle []byte) error {
+	s, err := client(cmd).Status(cmd.Context(), &adminv1.StatusRequest{})
+	if err != nil {
+		return said(cmd, err)
+	}
+	p, err := receipt.ParsePolicy(fmt.Appendf(nil, "log %s\nquorum none\n", s.GetIdentityVkey()))
+	if err != nil {
+		return err
+	}
+	b, err := receipt.ParseBundle(bundle)
+	if err != nil {
+		return err
+	}
+	v, err := receipt.Verify(p, b)
+	if err != nil {
+		return fmt.Errorf("the receipt does not verify: %w", err)
+	}
+	for _, line := range receipt.Describe(v) {
+		fmt.Fprintln(cmd.OutOrStdout(), line)
+	}
+	return nil
+}
+
+func listCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "List receipts, newest first",
+		Args:  args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			req := &adminv1.ListRequest{}
+			req.Limit, _ = cmd.Flags().GetUint32("limit")
+			req.Before, _ = cmd.Flags().GetString("before")
+			req.RequestId, _ = cmd.Flags().GetString("request-id")
+			req.TraceId, _ = cmd.Flags().GetString("trace-id")
+			resp, err := client(cmd).List(cmd.Context(), req)
+			if err != nil {
+				return said(cmd, err)
+			}
+			if wantJSON(cmd) {
+				out := make([]recordJSON, 0, len(resp.GetReceipts()))
+				for _, r := range resp.GetReceipts() {
+					out = append(out, toJSON(r))
+				}
+				return printJSON(cmd, out)
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%-45s %-8s %-5s %-7s %-16s %-6s %s\n", "RECEIPT", "STATE", "CLASS", "VERDICT", "REASON", "STATUS", "RESULT")
+			for _, r := range resp.GetReceipts() {
+				fmt.Fprintln(cmd.OutOrStdout(), summaryLine(r))
+			}
+			return nil
+		},
+	}
+	cmd.Flags().Uint32("limit", 20, "at most this many")
+	cmd.Flags().String("before", "", "only receipts before this id")
+	cmd.Flags().String("request-id", "", "only receipts of this x-request-id")
+	cmd.Flags().String("trace-id", "", "only receipts of this W3C trace id")
+	return cmd
+}
+
+// recordJSON shows records as JSON within JSON.
+type recordJSON struct {
+	ID       string          `json:"id"`
+	State    string          `json:"state"`
+	Decision json.RawMessage `json:"decision,omitempty"`
+	Outcome  json.RawMessage `json:"outcome,omitempty"`
+}
+
+func toJSON(r *adminv1.Receipt) recordJSON {
+	return recordJSON{r.GetId(), r.GetState(), json.RawMessage(r.GetDecision()), json.RawMessage(r.GetOutcome())}
+}
+
+func summaryLine(r *adminv1.Receipt) string {
+	d, o := &receipt.Decision{}, &receipt.Outcome{}
+	if p, err := receipt.ParseDecision([]byte(receipt.DecisionPrefix + r.GetDecision())); err == nil {
+		d = p
+	}
+	status, result := "-", "pending"
+	if p, err := receipt.ParseOutcome([]byte(receipt.OutcomePrefix + r.GetOutcome())); err == nil {
+		o = p
+		status, result = fmt.Sprint(o.Status), o.Result
+	}
+	return fmt.Sprintf("%-45s %-8s %-5s %-7s %-16s %-6s %s", r.GetId(), r.GetState(), d.Class, d.Verdict, d.Reason, status, result)
+}
+
+func exportCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "export",
+		Short: "Export the bundles of all receipts, one JSON a line",
+		Long: `Export the bundles of every receipt that is under the latest signed checkpoint, one JSON a line, in order of admission.
+The result goes to --file, written aside and renamed when it is whole, or to standard output. 'knhk verify' reads it.`,
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			req := &adminv1.ExportRequest{}
+			req.Evidence, _ = cmd.Flags().GetBool("evidence")
+			path, _ := cmd.Flags().GetString("file")
+			var out io.Writer = cmd.OutOrStdout()
+			if path != "" {
+				f, err := os.OpenFile(path+".part", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+				if err != nil {
+					return err
+				}
+				out = f
+				defer func() {
+					err = errors.Join(err, f.Sync(), f.Close())
+					if err == nil {
+						err = os.Rename(path+".part", path)
+					} else {
+						os.Remove(path + ".part")
+					}
+				}()
+			}
+			stream, err := client(cmd).Export(cmd.Context(), req)
+			if err != nil {
+				return said(cmd, err)
+			}
+			defer stream.Close()
+			bar := progress(cmd, "exporting")
+			var done uint64
+			var line bytes.Buffer
+			for stream.Receive() {
+				m := stream.Msg()
+				done = m.GetDone()
+				line.Reset()
+				if err := json.Compact(&line, m.GetBundle()); err != nil {
+					return err
+				}
+				line.WriteByte('\n')
+				if _, err := out.Write(line.Bytes()); err != nil {
+					return err
+				}
+				bar(done, m.GetTotal())
+			}
+			bar(done, done)
+			if err := stream.Err(); err != nil {
+				return said(cmd, err)
+			}
+			fmt.Fprintf(cmd.ErrOrStderr(), "exported %d receipts\n", done)
+			return nil
+		},
+	}
+	cmd.Flags().Bool("evidence", false, "include the evidence")
+	cmd.Flags().String("file", "", "write to this file instead of standard output")
+	return cmd
+}
+
+// progress returns a function that shows how far a long work is, on standard error if that is a terminal.
+func progress(cmd *cobra.Command, what string) func(done, total uint64) {
+	f, ok := cmd.ErrOrStderr().(*os.File)
+	if !ok {
+		return func(uint64, uint64) {}
+	}
+	if fi, err := f.Stat(); err != nil || fi.Mode()&os.ModeCharDevice == 0 {
+		return func(uint64, uint64) {}
+	}
+	bar := progressbar.NewOptions64(-1, progressbar.OptionSetWriter(f), progressbar.OptionSetDescription(what), progressbar.OptionShowCount(),
+		progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionClearOnFinish())
+	return func(done, total uint64) {
+		if total > 0 && bar.GetMax64() != int64(total) {
+			bar.ChangeMax64(int64(total))
+		}
+		bar.Set64(int64(done))
+	}
+}
+
+func tailCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "tail",
+		Short: "Follow records as they are written",
+		Long:  `Follow decisions and outcomes as they are written, until interrupted. A reader that is too slow misses records.`,
+		Args:  args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			stream, err := client(cmd).Tail(cmd.Context(), &adminv1.TailRequest{})
+			if err != nil {
+				return said(cmd, err)
+			}
+			defer stream.Close()
+			for stream.Receive() {
+				r := stream.Msg().GetReceipt()
+				switch {
+				case r == nil: // we are connected
+				case wantJSON(cmd):
+					b, err := json.Marshal(toJSON(r))
+					if err != nil {
+						return err
+					}
+					fmt.Fprintln(cmd.OutOrStdout(), string(b))
+				default:
+					fmt.Fprintln(cmd.OutOrStdout(), tailLine(r))
+				}
+			}
+			if cmd.Context().Err() != nil {
+				return nil
+			}
+			return said(cmd, stream.Err())
+		},
+	}
+}
+
+func tailLine(r *adminv1.Receipt) string {
+	if d, err := receipt.ParseDecision([]byte(receipt.DecisionPrefix + r.GetDecision())); err == nil {
+		return fmt.Sprintf("%s decision %s %s %s route=%q", d.ID, d.Class, d.Verdict, d.Reason, d.Route)
+	}
+	if o, err := receipt.ParseOutcome([]byte(receipt.OutcomePrefix + r.GetOutcome())); err == nil {
+		return fmt.Sprintf("%s outcome  %s %d %s", o.ID, o.Result, o.Status, o.Details)
+	}
+	return r.GetId()
+}
+
+func statusCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "status",
+		Short: "Say how the log stands",
+		Args:  args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := client(cmd).Status(cmd.Context(), &adminv1.StatusRequest{})
+			if err != nil {
+				return said(cmd, err)
+			}
+			expires := time.Unix(0, s.GetDailyExpiresUnixNs()).UTC().Format(time.RFC3339)
+			unsigned := time.Duration(s.GetUnsignedNs()).Round(time.Millisecond)
+			if wantJSON(cmd) {
+				return printJSON(cmd, map[string]any{
+					"origin": s.GetOrigin(), "identity_vkey": s.GetIdentityVkey(), "daily_vkey": s.GetDailyVkey(), "daily_expires": expires,
+					"key_custody": s.GetKeyCustody(), "decisions": s.GetDecisions(), "pending_outcomes": s.GetPendingOutcomes(), "blocks": s.GetBlocks(),
+					"checkpoint_size": s.GetCheckpointSize(), "unsigned_seconds": unsigned.Seconds(), "refusing": s.GetRefusing(),
+					"checkpoint": s.GetCheckpoint(),
+				})
+			}
+			refusing := s.GetRefusing()
+			if refusing == "" {
+				refusing = "no"
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), `origin       %s
+identity     %s
+daily key    %s
+  signs until %s
+keys         %s
+decisions    %d since start, %d wait for their outcome
+blocks       %d
+checkpoint   %d leaves signed, oldest unsigned record %v old
+refusing     %s
+`, s.GetOrigin(), s.GetIdentityVkey(), s.GetDailyVkey(), expires, s.GetKeyCustody(), s.GetDecisions(), s.GetPendingOutcomes(), s.GetBlocks(),
+				s.GetCheckpointSize(), unsigned, refusing)
+			return nil
+		},
+	}
+}

@@ -1,0 +1,149 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/encoding/protojson"
+	"k8s.io/klog/v2"
+
+	"github.com/knhk/sidecar/envoy/bootstrap"
+	"github.com/knhk/sidecar/server"
+	"github.com/knhk/sidecar/server/config"
+)
+
+// gcPercent trades memory for CPU: the live heap is small and requests leave garbage; measured, it saves a fifth of the CPU.
+const gcPercent = 400
+
+func configFlag(cmd *cobra.Command) {
+	cmd.Flags().StringP("config", "c", "knhk.yaml", "configuration file")
+}
+
+func serveCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the service",
+		Long: `Run the service until SIGTERM or SIGINT, then drain: health goes to NOT_SERVING, streams finish, the last block is sealed
+and signed. SIGHUP, or a change of the file, reloads the configuration, all or nothing.
+
+Logs go to standard error as text, or as JSON with -o json.`,
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if os.Getenv("GOGC") == "" {
+				debug.SetGCPercent(gcPercent)
+			}
+			path, _ := cmd.Flags().GetString("config")
+			level, err := logLevel(cmd)
+			if err != nil {
+				return err
+			}
+			var h slog.Handler = slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})
+			if wantJSON(cmd) {
+				h = slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level})
+			}
+			log := slog.New(h)
+			klog.SetSlogLogger(log.With("part", "tessera"))
+			s, err := server.New(cmd.Context(), path, log)
+			if err != nil {
+				return err
+			}
+			return s.Run(cmd.Context())
+		},
+	}
+	configFlag(cmd)
+	cmd.Flags().String("log-level", "info", "debug, info, warn or error")
+	return cmd
+}
+
+func logLevel(cmd *cobra.Command) (level slog.Level, err error) {
+	text, _ := cmd.Flags().GetString("log-level")
+	if err := level.UnmarshalText([]byte(text)); err != nil {
+		return level, usageError{fmt.Errorf("--log-level %q: want debug, info, warn or error", text)}
+	}
+	return level, nil
+}
+
+func checkCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "Check a configuration",
+		Long: `Check a configuration file the way serve does: every problem at once, each with file, line and column.
+Nothing is opened or bound. Exit code 2 if anything is wrong.`,
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			path, _ := cmd.Flags().GetString("config")
+			cfg, err := config.Load(path)
+			if wantJSON(cmd) {
+				out := struct {
+					OK       bool          `json:"ok"`
+					File     string        `json:"file"`
+					Problems config.Errors `json:"problems"`
+					Notes    []string      `json:"notes"`
+				}{OK: err == nil, File: path, Problems: config.Errors{}, Notes: []string{}}
+				errors.As(err, &out.Problems)
+				if err == nil {
+					out.Notes = append(out.Notes, cfg.Notes()...)
+				}
+				if err := printJSON(cmd, out); err != nil {
+					return err
+				}
+				return err
+			}
+			if err != nil {
+				return err
+			}
+			for _, n := range cfg.Notes() {
+				fmt.Fprintln(cmd.OutOrStdout(), "note:", n)
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%s is right: origin %s, instance %s, policy %x\n", path, cfg.Origin, cfg.Instance, cfg.PolicyDigest)
+			return nil
+		},
+	}
+	configFlag(cmd)
+	return cmd
+}
+
+func bootstrapCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "bootstrap",
+		Short: "Write the Envoy configuration that goes with knhk.yaml",
+		Long: `Write an Envoy bootstrap (YAML, or JSON with -o json) to standard output: listener, routes and clusters of knhk.yaml, and
+everything that makes Envoy fail closed around knhk. It needs Envoy 1.39.1 or later.`,
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			path, _ := cmd.Flags().GetString("config")
+			cfg, err := config.Load(path)
+			if err != nil {
+				return err
+			}
+			b, err := bootstrap.Bootstrap(cfg.Proto())
+			if err != nil {
+				return err
+			}
+			out, err := bootstrap.YAML(b)
+			if err == nil && wantJSON(cmd) {
+				out, err = protojson.MarshalOptions{Multiline: true, Indent: "  "}.Marshal(b)
+				out = append(out, '\n')
+			}
+			if err != nil {
+				return err
+			}
+			_, err = cmd.OutOrStdout().Write(out)
+			return err
+		},
+	}
+	configFlag(cmd)
+	return cmd
+}
+
+func printJSON(cmd *cobra.Command, v any) error {
+	enc := json.NewEncoder(cmd.OutOrStdout())
+	enc.SetIndent("", "  ")
+	enc.SetEscapeHTML(false)
+	return enc.Encode(v)
+}

@@ -1,0 +1,193 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json/jsontext"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/knhk/sidecar/crypto/receipt"
+	"github.com/knhk/sidecar/region/receiptlog"
+)
+
+func verifyCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "verify --policy FILE BUNDLE...",
+		Short: "Verify bundles offline",
+		Long: `Verify bundles with nothing but a policy file: no network, no service, no state directory. A BUNDLE is a file with one
+bundle, or with one a line as 'knhk receipts export' writes; "-" is standard input.
+
+One line for each bundle says what it proves or why it is refused. Exit code 1 if any is refused.`,
+		Args: args(cobra.MinimumNArgs(1)),
+		RunE: func(cmd *cobra.Command, files []string) error {
+			path, _ := cmd.Flags().GetString("policy")
+			if path == "" {
+				return usageError{errors.New("--policy is required: the policy file of the log, from its state directory or /policy of its admin listener")}
+			}
+			raw, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			p, err := receipt.ParsePolicy(raw)
+			if err != nil {
+				return fmt.Errorf("%s: %w", path, err)
+			}
+			v := &verification{cmd: cmd, verifier: receipt.NewVerifier(p)}
+			v.quiet, _ = cmd.Flags().GetBool("quiet")
+			v.story, _ = cmd.Flags().GetBool("story")
+			for _, f := range files {
+				if err := v.file(f); err != nil {
+					return err
+				}
+			}
+			return v.finish()
+		},
+	}
+	cmd.Flags().StringP("policy", "p", "", "policy file of the log (required)")
+	cmd.Flags().BoolP("quiet", "q", false, "only say what is refused, and the sum")
+	cmd.Flags().Bool("story", false, "tell each receipt in words")
+	return cmd
+}
+
+type verification struct {
+	cmd          *cobra.Command
+	verifier     *receipt.Verifier
+	quiet, story bool
+	ok, refused  int
+	results      []verifyResult
+}
+
+type verifyResult struct {
+	File    string `json:"file"`
+	Number  int    `json:"number"`
+	OK      bool   `json:"ok"`
+	ID      string `json:"id,omitempty"`
+	Verdict string `json:"verdict,omitempty"`
+	Result  string `json:"result,omitempty"`
+	Size    uint64 `json:"checkpoint_size,omitempty"`
+	Error   string `json:"error,omitempty"`
+}
+
+// file verifies every bundle of a file. Bundles are JSON values one after the other, so a damaged one ends its file: what
+// follows cannot be told apart.
+func (v *verification) file(path string) error {
+	var in io.Reader = v.cmd.InOrStdin()
+	if path != "-" {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		in = f
+	}
+	dec := jsontext.NewDecoder(in)
+	for n := 1; ; n++ {
+		raw, err := dec.ReadValue()
+		if errors.Is(err, io.EOF) && n > 1 {
+			return nil
+		}
+		r := verifyResult{File: path, Number: n}
+		if err != nil {
+			r.Error = fmt.Sprintf("not a bundle: %v", err)
+			if errors.Is(err, io.EOF) {
+				r.Error = "not a bundle: empty"
+			}
+			v.add(r, nil)
+			return nil
+		}
+		b, err := receipt.ParseBundle(bytes.Clone(raw))
+		var ok *receipt.Verified
+		if err == nil {
+			ok, err = v.verifier.Verify(b)
+		}
+		if err != nil {
+			r.Error = err.Error()
+		} else {
+			r.OK, r.ID, r.Verdict, r.Result, r.Size = true, ok.Decision.ID, ok.Decision.Verdict, "pending", ok.Size
+			if n := len(ok.Outcomes); n > 0 {
+				r.Result = ok.Outcomes[n-1].Result
+			}
+		}
+		v.add(r, ok)
+	}
+}
+
+func (v *verification) add(r verifyResult, ok *receipt.Verified) {
+	if r.OK {
+		v.ok++
+	} else {
+		v.refused++
+	}
+	switch out := v.cmd.OutOrStdout(); {
+	case wantJSON(v.cmd):
+		v.results = append(v.results, r)
+	case !r.OK:
+		fmt.Fprintf(out, "REFUSED %s #%d: %s\n", r.File, r.Number, r.Error)
+	case v.story:
+		for _, line := range receipt.Describe(ok) {
+			fmt.Fprintln(out, line)
+		}
+	case !v.quiet:
+		fmt.Fprintf(out, "ok %s: %s, %s, under a signed log of %d leaves\n", r.ID, r.Verdict, r.Result, r.Size)
+	}
+}
+
+func (v *verification) finish() error {
+	if wantJSON(v.cmd) {
+		if err := printJSON(v.cmd, map[string]any{"ok": v.ok, "refused": v.refused, "bundles": v.results}); err != nil {
+			return err
+		}
+	} else if v.quiet || v.ok+v.refused > 1 {
+		fmt.Fprintf(v.cmd.OutOrStdout(), "%d verified, %d refused\n", v.ok, v.refused)
+	}
+	if v.refused > 0 {
+		return errSaid
+	}
+	return nil
+}
+
+func fsckCmd() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "fsck STATE_DIR",
+		Short: "Audit a state directory",
+		Long: `Audit a state directory that no knhk serves from: the checkpoint's signatures, every leaf and tile of the log, the chain
+of headers, and every record of every block against its header. It changes nothing. To audit a running knhk, give it a
+copy taken while it was stopped, or a snapshot of its volume.
+
+Exit code 1 if anything is wrong; every problem is named.`,
+		Args: args(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, a []string) error {
+			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelError}))
+			r, err := receiptlog.Fsck(cmd.Context(), a[0], log, progress(cmd, "checking"))
+			if err != nil {
+				return err
+			}
+			if wantJSON(cmd) {
+				if r.Problems == nil {
+					r.Problems = []receiptlog.Problem{}
+				}
+				if err := printJSON(cmd, r); err != nil {
+					return err
+				}
+			} else {
+				out := cmd.OutOrStdout()
+				for _, p := range r.Problems {
+					fmt.Fprintf(out, "WRONG %s: %s\n", p.Where, p.What)
+				}
+				fmt.Fprintf(out, "%s: %d leaves signed: %d headers of %d incarnations, %d key statements; %d blocks with %d decisions and %d outcomes; "+
+					"%d blocks not signed yet; %d problems\n", r.Origin, r.CheckpointSize, r.Headers, r.Incarnations, r.KeyStatements, r.Blocks,
+					r.Decisions, r.Outcomes, r.Unlogged, len(r.Problems))
+			}
+			if len(r.Problems) > 0 {
+				return errSaid
+			}
+			return nil
+		},
+	}
+	return cmd
+}

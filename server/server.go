@@ -1,0 +1,335 @@
+// Package server wires everything together and runs it: it alone starts and stops things.
+//
+// Start, each step needing the one before it:
+//
+//	configuration -> keys -> receipt log (recovers what a crash left) -> admission -> listeners -> SERVING
+//
+// Stop, on the end of Run's context (SIGTERM):
+//
+//	NOT_SERVING (gRPC health, /readyz) -> wait shutdown.announce, so that Envoy turns away first
+//	-> GOAWAY, streams finish, at most shutdown.drain -> stop the rest -> final block and header -> last checkpoint -> close
+//
+// Nothing else in the tree starts a goroutine that outlives a call, except the key stores and the transparency log, which
+// own their workers until they are closed here.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+
+	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
+	"github.com/knhk/sidecar/region/receiptlog"
+	"github.com/knhk/sidecar/server/accesslog"
+	"github.com/knhk/sidecar/server/admin"
+	"github.com/knhk/sidecar/server/admit"
+	"github.com/knhk/sidecar/server/config"
+	"github.com/knhk/sidecar/server/envoywire"
+	"github.com/knhk/sidecar/server/extproc"
+	"github.com/knhk/sidecar/server/telemetry"
+)
+
+// Measured through Envoy on two cores: 64 stream workers save the growth of a new stack for each request, large buffers save
+// system calls.
+const (
+	streamWorkers  = 64
+	ioBuffer       = 128 << 10
+	maxStreams     = 1000    // per connection; Envoy opens more connections
+	maxMessage     = 4 << 20 // an access log message; ext_proc messages are far smaller
+	maxHeaderList  = 64 << 10
+	minKeepalive   = 10 * time.Second
+	connectTimeout = 10 * time.Second
+	healthPoll     = 100 * time.Millisecond
+	httpHeaderTime = 5 * time.Second
+	httpIdle       = 2 * time.Minute
+	stopWait       = 15 * time.Second
+)
+
+// Server is one knhk. Make it with New, then call Run once.
+type Server struct {
+	path     string
+	log      *slog.Logger
+	cfg      atomic.Pointer[config.Config]
+	keys     *keyring
+	receipts *receiptlog.Log
+	metrics  *telemetry.Metrics
+	pipeline *admit.Pipeline
+	grpc     *grpc.Server
+	health   *health.Server
+	http     []*http.Server
+	active   atomic.Int64 // ext_proc streams open now
+	stopping atomic.Bool
+
+	listeners []net.Listener
+}
+
+// New loads the configuration at path, opens keys and log, and binds the listeners; it serves nothing. If it fails, what it had
+// opened is closed again.
+func New(ctx context.Context, path string, log *slog.Logger) (_ *Server, err error) {
+	cfg, err := config.Load(path)
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{path: path, log: log}
+	s.cfg.Store(cfg)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.closeAll(context.WithoutCancel(ctx)))
+		}
+	}()
+	if s.metrics, err = telemetry.New(); err != nil {
+		return nil, err
+	}
+	_, statErr := os.Stat(filepath.Join(cfg.StateDir, "log.json"))
+	if s.keys, err = openKeys(ctx, &cfg.Keys, errors.Is(statErr, fs.ErrNotExist)); err != nil {
+		return nil, err
+	}
+	if s.receipts, err = receiptlog.Open(ctx, receiptlog.Config{
+		Dir: cfg.StateDir, Origin: cfg.Origin, Instance: cfg.Instance,
+		Identity: s.keys.identity, Daily: s.keys.daily, DailyLabel: s.keys.dailyLabel, DailyAlgorithm: cfg.Keys.Daily.Algorithm,
+		DailyMaxAge: cfg.Keys.DailyMaxAge, SealEvery: cfg.Log.SealEvery, Heartbeat: cfg.Log.Heartbeat, MaxUnsigned: cfg.Log.MaxUnsigned,
+		OutcomeTimeout: cfg.Log.OutcomeTimeout, SegmentBytes: cfg.Log.SegmentBytes, MaxBytes: cfg.Log.MaxBytes, Log: log,
+	}); err != nil {
+		return nil, err
+	}
+	if err = s.metrics.ObserveLog(s.receipts); err != nil {
+		return nil, err
+	}
+	if s.pipeline, err = admit.New(admit.Config{Recorder: s.receipts, Policy: cfg, Meter: s.metrics, Log: log, Now: time.Now}); err != nil {
+		return nil, err
+	}
+	if err = s.buildGRPC(); err != nil {
+		return nil, err
+	}
+	return s, s.listen(ctx, cfg)
+}
+
+// buildGRPC makes the server that Envoy talks to.
+func (s *Server) buildGRPC() error {
+	capture := "lean"
+	if s.cfg.Load().Envoy.Capture == configv1.Capture_FULL {
+		capture = "full"
+	}
+	ext, err := extproc.New(extproc.Config{
+		Admitter: s.pipeline, Capture: capture, Log: s.log, Count: func(e extproc.Event) { s.metrics.Stream(e.String()) },
+	})
+	if err != nil {
+		return err
+	}
+	als, err := accesslog.New(accesslog.Config{
+		Sink: s.pipeline, Log: s.log, Count: func(e accesslog.Event) {
+			if e == accesslog.EventMalformed || e == accesslog.EventPanic {
+				s.metrics.Unreceipted("accesslog_" + e.String())
+			}
+		},
+	})
+	if err != nil {
+		return err
+	}
+	s.grpc = grpc.NewServer(
+		grpc.ForceServerCodecV2(envoywire.Codec{}),
+		grpc.NumStreamWorkers(streamWorkers), grpc.ReadBufferSize(ioBuffer), grpc.WriteBufferSize(ioBuffer),
+		grpc.MaxConcurrentStreams(maxStreams), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxHeaderListSize(maxHeaderList),
+		grpc.ConnectionTimeout(connectTimeout),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minKeepalive, PermitWithoutStream: true}),
+		grpc.StreamInterceptor(func(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, h grpc.StreamHandler) error {
+			if srv == ext {
+				s.active.Add(1)
+				defer s.active.Add(-1)
+			}
+			return h(srv, ss)
+		}),
+	)
+	ext.Register(s.grpc)
+	als.Register(s.grpc)
+	s.health = health.NewServer()
+	s.setHealth(healthpb.HealthCheckResponse_NOT_SERVING)
+	healthpb.RegisterHealthServer(s.grpc, s.health)
+	return nil
+}
+
+// services are the names whose health is told; the empty one is the server as a whole.
+var services = []string{"", extproc.ServiceDesc.ServiceName, accesslog.ServiceDesc.ServiceName}
+
+func (s *Server) setHealth(st healthpb.HealthCheckResponse_ServingStatus) {
+	for _, name := range services {
+		s.health.SetServingStatus(name, st)
+	}
+}
+
+// listen binds every listener, so that a taken port is told before anything runs.
+func (s *Server) listen(ctx context.Context, cfg *config.Config) error {
+	for _, l := range []struct {
+		name string
+		addr config.Address
+	}{{"envoy", cfg.Listeners.Envoy}, {"admin", cfg.Listeners.Admin}, {"tiles", cfg.Listeners.Tiles}} {
+		if l.addr.IsZero() {
+			s.listeners = append(s.listeners, nil)
+			continue
+		}
+		ln, err := listen(ctx, l.addr)
+		if err != nil {
+			return fmt.Errorf("listeners.%s: %w", l.name, err)
+		}
+		s.listeners = append(s.listeners, ln)
+	}
+	handlers := []http.Handler{
+		admin.New(admin.Config{Log: s.receipts, Metrics: s.metrics.Handler(), Ready: s.Ready}),
+		tiles(filepath.Join(cfg.StateDir, "log")),
+	}
+	var plain http.Protocols
+	plain.SetHTTP1(true)
+	plain.SetUnencryptedHTTP2(true)
+	for _, h := range handlers {
+		s.http = append(s.http, &http.Server{
+			Handler: h, Protocols: &plain, ReadHeaderTimeout: httpHeaderTime, IdleTimeout: httpIdle, MaxHeaderBytes: maxHeaderList,
+			ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		})
+	}
+	return nil
+}
+
+// Ready says why requests are not being admitted; nil when they are.
+func (s *Server) Ready() error {
+	if s.stopping.Load() {
+		return errors.New("stopping")
+	}
+	return s.receipts.Refusing()
+}
+
+// Receipts is the log, for those who run a Server in their own process.
+func (s *Server) Receipts() *receiptlog.Log { return s.receipts }
+
+// Run serves until ctx ends, then stops in order. It returns nil after an orderly stop.
+func (s *Server) Run(ctx context.Context) error {
+	cfg := s.cfg.Load()
+	// What records must outlive what asks for records: it has a context of its own, cancelled in the stop sequence.
+	logCtx, stopLog := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopLog()
+	var recorders errgroup.Group
+	recorders.Go(func() error { return s.pipeline.Run(logCtx) })
+	recorders.Go(func() error {
+		err := s.receipts.Run(logCtx)
+		if err != nil { // it refuses from now on; so do we, rather than die and take the reason along
+			s.log.Error("receipt log has stopped; every request is refused until restart", "error", err)
+		}
+		return nil
+	})
+
+	serving, cancel := context.WithCancel(ctx)
+	defer cancel()
+	g, serving := errgroup.WithContext(serving)
+	g.Go(func() error { return s.grpc.Serve(s.listeners[0]) })
+	for i, srv := range s.http {
+		if ln := s.listeners[i+1]; ln != nil {
+			g.Go(func() error {
+				if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+					return err
+				}
+				return nil
+			})
+		}
+	}
+	g.Go(func() error { return s.watchHealth(serving) })
+	g.Go(func() error { return s.watchConfig(serving) })
+	g.Go(func() error { // the stop sequence, up to the recorders
+		<-serving.Done()
+		s.stopServing(cfg)
+		return nil
+	})
+	s.log.Info("knhk is serving", "envoy", cfg.Listeners.Envoy.String(), "admin", cfg.Listeners.Admin.String(),
+		"tiles", cfg.Listeners.Tiles.String(), "origin", s.receipts.Origin(), "identity", s.receipts.IdentityVKey(), "keys", s.receipts.Custody())
+	err := g.Wait()
+	s.receipts.Stop()
+	stopLog()
+	err = errors.Join(err, recorders.Wait(), s.closeAll(context.WithoutCancel(ctx)))
+	s.log.Info("knhk has stopped")
+	return err
+}
+
+// stopServing announces the stop, lets streams finish and ends what is left.
+func (s *Server) stopServing(cfg *config.Config) {
+	s.stopping.Store(true)
+	s.setHealth(healthpb.HealthCheckResponse_NOT_SERVING)
+	s.log.Info("stopping: health is NOT_SERVING", "announce", cfg.Shutdown.Announce, "drain", cfg.Shutdown.Drain)
+	time.Sleep(cfg.Shutdown.Announce)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.grpc.GracefulStop()
+	}()
+	// Access log streams live as long as Envoy: they are not waited for beyond one flush after the last request.
+	deadline := time.Now().Add(cfg.Shutdown.Drain)
+	for s.active.Load() > 0 && time.Now().Before(deadline) {
+		time.Sleep(10 * time.Millisecond)
+	}
+	select {
+	case <-done:
+	case <-time.After(min(2*cfg.Envoy.AccessLogFlush, time.Until(deadline))):
+	}
+	s.grpc.Stop()
+	<-done
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	for _, srv := range s.http {
+		if srv.Shutdown(ctx) != nil {
+			srv.Close()
+		}
+	}
+}
+
+// watchHealth shows in gRPC health what /readyz says.
+func (s *Server) watchHealth(ctx context.Context) error {
+	tick := time.NewTicker(healthPoll)
+	defer tick.Stop()
+	for {
+		st := healthpb.HealthCheckResponse_SERVING
+		if s.Ready() != nil {
+			st = healthpb.HealthCheckResponse_NOT_SERVING
+		}
+		s.setHealth(st)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// closeAll closes what New opened, in reverse order.
+func (s *Server) closeAll(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, stopWait)
+	defer cancel()
+	var errs []error
+	for _, ln := range s.listeners {
+		if ln != nil {
+			if err := ln.Close(); !errors.Is(err, net.ErrClosed) {
+				errs = append(errs, err)
+			}
+		}
+	}
+	if s.receipts != nil {
+		errs = append(errs, s.receipts.Close(ctx))
+	}
+	if s.keys != nil {
+		errs = append(errs, s.keys.close())
+	}
+	if s.metrics != nil {
+		errs = append(errs, s.metrics.Shutdown(ctx))
+	}
+	return errors.Join(errs...)
+}
