@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"net"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -483,20 +482,4 @@ func TestNoRoute(t *testing.T) {
 	if resp.Status != 404 || resp.Header.Get("X-Knhk-Receipt") != "id" {
 		t.Errorf("%d, %v", resp.Status, resp.Header)
 	}
-}
-
-func TestUnixSocket(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "knhk.sock")
-	w := start(t, func(c *configv1.Config) { c.Listeners.Envoy = "unix:" + path })
-	if resp := w.do(t, receipt("id"), harness.Request{}); resp.Status != 503 {
-		t.Errorf("nobody listens on the socket: %d", resp.Status)
-	}
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	w.side.serve(t, l)
-	harness.Eventually(t, "a receipt over the socket", func() bool {
-		return w.do(t, receipt("id"), harness.Request{}).Header.Get("X-Knhk-Receipt") == "id"
-	})
 }

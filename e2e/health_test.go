@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"net"
+	"path/filepath"
 	"strconv"
 	"sync/atomic"
 	"testing"
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
 	"github.com/knhk/sidecar/e2e/harness"
 	"github.com/knhk/sidecar/envoy/bootstrap"
 )
@@ -105,4 +107,21 @@ func TestUnavailableIsRetried(t *testing.T) {
 			t.Errorf("%d refusals: %d after %d tries, upstream saw %v", c.refusals, resp.Status, asked.Load(), w.up.Seen())
 		}
 	}
+}
+
+// A socket that nobody listens on is a knhk that is away: closed, and open again when it is there.
+func TestUnixSocket(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "knhk.sock")
+	w := start(t, func(c *configv1.Config) { c.Listeners.Envoy = "unix:" + path })
+	if resp := w.do(t, receipt("id"), harness.Request{}); resp.Status != 503 {
+		t.Errorf("nobody listens on the socket: %d", resp.Status)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.side.serve(t, l)
+	harness.Eventually(t, "a receipt over the socket", func() bool {
+		return w.do(t, receipt("id"), harness.Request{}).Header.Get("X-Knhk-Receipt") == "id"
+	})
 }

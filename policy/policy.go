@@ -87,6 +87,7 @@ const (
 	ReasonClientGone     Reason = "client_gone"        // 499: the client left before there was a verdict
 	ReasonLogUnavailable Reason = "log_unavailable"    // 503: the receipt log cannot take the decision
 	ReasonLogFull        Reason = "log_full"           // 503: no room reserved for this decision and its outcome
+	ReasonTooLarge       Reason = "request_too_large"  // 431: more than 96 KiB of method, host, path, request id
 	ReasonUnsigned       Reason = "unsigned_too_long"  // 503: checkpoints have gone unsigned for more than max_unsigned
 	ReasonStopping       Reason = "stopping"           // 503: the service is draining
 	ReasonInternal       Reason = "internal"           // 503: a fault of ours, a recovered panic included

@@ -61,18 +61,19 @@ const (
 
 // Server is one knhk. Make it with New, then call Run once.
 type Server struct {
-	path     string
-	log      *slog.Logger
-	cfg      atomic.Pointer[config.Config]
-	keys     *keyring
-	receipts *receiptlog.Log
-	metrics  *telemetry.Metrics
-	pipeline *admit.Pipeline
-	grpc     *grpc.Server
-	health   *health.Server
-	http     []*http.Server
-	active   atomic.Int64 // ext_proc streams open now
-	stopping atomic.Bool
+	path      string
+	log       *slog.Logger
+	cfg       atomic.Pointer[config.Config]
+	keys      *keyring
+	receipts  *receiptlog.Log
+	metrics   *telemetry.Metrics
+	pipeline  *admit.Pipeline
+	grpc      *grpc.Server
+	accessLog *accesslog.Server
+	health    *health.Server
+	http      []*http.Server
+	active    atomic.Int64 // ext_proc streams open now
+	stopping  atomic.Bool
 
 	listeners []net.Listener
 }
@@ -156,6 +157,7 @@ func (s *Server) buildGRPC() error {
 	)
 	ext.Register(s.grpc)
 	als.Register(s.grpc)
+	s.accessLog = als
 	s.health = health.NewServer()
 	s.setHealth(healthpb.HealthCheckResponse_NOT_SERVING)
 	healthpb.RegisterHealthServer(s.grpc, s.health)
@@ -272,14 +274,16 @@ func (s *Server) stopServing(cfg *config.Config) {
 		defer close(done)
 		s.grpc.GracefulStop()
 	}()
-	// Access log streams live as long as Envoy: they are not waited for beyond one flush after the last request.
 	deadline := time.Now().Add(cfg.Shutdown.Drain)
 	for s.active.Load() > 0 && time.Now().Before(deadline) {
 		time.Sleep(10 * time.Millisecond)
 	}
+	// Envoy never ends an access log stream: after the last request they get one flush more, then they are ended.
+	time.Sleep(min(2*cfg.Envoy.AccessLogFlush, max(time.Until(deadline), 0)))
+	s.accessLog.Drain()
 	select {
 	case <-done:
-	case <-time.After(min(2*cfg.Envoy.AccessLogFlush, time.Until(deadline))):
+	case <-time.After(max(time.Until(deadline), time.Second)):
 	}
 	s.grpc.Stop()
 	<-done

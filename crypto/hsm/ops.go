@@ -254,7 +254,10 @@ func (g *signer) Sign(ctx context.Context, msg []byte) ([]byte, error) {
 	if len(msg) > keys.MaxMessage {
 		return nil, fmt.Errorf("hsm: sign: message has %d bytes, at most %d are signed", len(msg), keys.MaxMessage)
 	}
-	in := input(g.alg, bytes.Clone(msg)) // the token may read it after the caller has gone
+	in := input(g.alg, msg)
+	if g.alg == keys.Ed25519 {
+		in = bytes.Clone(in) // the token may read it after the caller has gone
+	}
 	var raw []byte
 	err := g.store.do(ctx, &op{fn: func(se *session) (err error) {
 		raw, err = se.sign(g.name, g.alg, g.public, in)

@@ -83,7 +83,10 @@ func open(ctx context.Context, cfg Config, reg *registry) (*Store, error) {
 		model = info.Model
 		return err
 	}})
-	if err != nil {
+	if err != nil && ctx.Err() != nil {
+		s.stop() // nobody waits: the workers clean up when C lets them
+		return nil, err
+	} else if err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	s.custody = fmt.Sprintf("token %s (%s)", cfg.TokenLabel, model)
@@ -127,16 +130,21 @@ func (s *Store) refuseQueued() {
 	}
 }
 
+// stop takes no more operations, refuses the queued ones and tells the workers to end. Called once.
+func (s *Store) stop() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	close(s.quit)
+	s.refuseQueued()
+}
+
 // Close lets operations in flight finish, refuses the queued ones, closes the sessions and, as the last store of the
 // module, finalizes it. When operations do not come back from C within Config.CloseTimeout it returns an error; their
 // workers then clean up when they do come back. Further calls return the same.
 func (s *Store) Close() error {
 	s.once.Do(func() {
-		s.mu.Lock()
-		s.closed = true
-		s.mu.Unlock()
-		close(s.quit)
-		s.refuseQueued()
+		s.stop()
 		timer := time.NewTimer(s.timeout)
 		defer timer.Stop()
 		select {

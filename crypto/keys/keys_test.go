@@ -129,7 +129,8 @@ func TestNote(t *testing.T) {
 			t.Fatal(err)
 		}
 		if ns.Name() != "example.com/log" || ns.KeyHash() != own.KeyHash() || ns.KeyHash() != oracle.KeyHash() || own.Name() != ns.Name() {
-			t.Errorf("%s: signer %s %08x, verifier %s %08x, oracle %08x", c.alg, ns.Name(), ns.KeyHash(), own.Name(), own.KeyHash(), oracle.KeyHash())
+			t.Errorf("%s: signer %s %08x, verifier %s %08x, oracle %08x",
+				c.alg, ns.Name(), ns.KeyHash(), own.Name(), own.KeyHash(), oracle.KeyHash())
 		}
 		signed, err := note.Sign(&note.Note{Text: "example.com/log\n7\nAAAA\n"}, ns)
 		if err != nil {
@@ -161,8 +162,8 @@ func TestVKeyKnown(t *testing.T) {
 	if got, err := VKey("sum.golang.org", ed25519.PublicKey(key[1:])); err != nil || got != sumdb {
 		t.Errorf("VKey = %s, %v; want %s", got, err, sumdb)
 	}
-	const rekor = "rekor.sigstore.dev+c0d23d6a+AjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABNhtmPtrWm3U1eQXBogSMdGvXwBcK5AW5i0hrZLOC96l+smGNM7nwZ4QvFK/" +
-		"4sueRoVj//QP22Ni4Qt9DPfkWLc="
+	const rekor = "rekor.sigstore.dev+c0d23d6a+AjBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABNhtmPtrWm3U1eQXBogSMdGvXwBcK5AW5i0hrZLOC96l+s" +
+		"mGNM7nwZ4QvFK/4sueRoVj//QP22Ni4Qt9DPfkWLc="
 	if v, err := Verifier(rekor); err != nil || v.KeyHash() != 0xc0d23d6a {
 		t.Errorf("Verifier of Rekor's key: %v, %v", v, err)
 	}
@@ -257,8 +258,10 @@ func TestVersionID(t *testing.T) {
 	}
 	for _, bad := range []string{
 		"", "1", "0001", "1-20261123T220405Z-00000000", "00001-20261123T220405Z-00000000", "0000-20261123T220405Z-00000000",
-		"0001-20261123T220405-00000000", "0001-20261323T220405Z-00000000", "0001-20261123T220405Z-0000000", "+001-20261123T220405Z-00000000",
-		"0001-20261123T220405Z-0000000G", "0001-20261123T220405Z-ABCDEF00", "0001-20261123T220405Z-00000000-", "../0001-20261123T220405Z-00000000",
+		"0001-20261123T220405-00000000", "0001-20261323T220405Z-00000000", "0001-20261123T220405Z-0000000",
+		"+001-20261123T220405Z-00000000",
+		"0001-20261123T220405Z-0000000G", "0001-20261123T220405Z-ABCDEF00", "0001-20261123T220405Z-00000000-",
+		"../0001-20261123T220405Z-00000000",
 		"0001-20261123T220405.5Z-00000000",
 	} {
 		if v, err := ParseVersionID(bad); err == nil {

@@ -14,8 +14,9 @@
 //
 // It does not prove that what the records say is true, only that the log's keys stand by it and cannot take it back. It
 // does not prove that the bundle is complete: whoever makes a bundle can leave the outcome out, and then it reads as
-// pending. It does not compare a key statement's FirstRoot with the tree, which takes a consistency proof. It does not prove that everybody sees the same log; that is what witnesses in the policy are for. A receipt id
-// without a bundle proves nothing.
+// pending. It does not compare a key statement's FirstRoot with the tree, which takes a consistency proof. It does not prove
+// that everybody sees the same log; that is what witnesses in the policy are for. A receipt id without a bundle proves
+// nothing.
 //
 // # Time
 //

@@ -129,7 +129,7 @@ func (r reader) mark(want string) error {
 	return nil
 }
 
-// ParseEvidence is the inverse of AppendEvidence, for evidence of 1 to 64 fields with distinct names and at most 64 KiB.
+// ParseEvidence is the inverse of AppendEvidence, for evidence of 1 to 64 fields with distinct names and at most MaxEvidence bytes.
 func ParseEvidence(b []byte) (*Evidence, error) {
 	e := new(Evidence)
 	if err := parseLeaf(b, "", evidenceMembers, e, (*Evidence).validate, AppendEvidence); err != nil {

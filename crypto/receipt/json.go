@@ -16,6 +16,10 @@ import (
 // strings it takes from outside.
 const MaxLeaf = 64 << 10
 
+// MaxEvidence is the greatest length of an encoded Evidence that is parsed. It holds any fields of up to 96 KiB together,
+// however they have to be escaped.
+const MaxEvidence = 640 << 10
+
 var (
 	urlEncoding = base64.RawURLEncoding.Strict()
 	stdEncoding = base64.StdEncoding.Strict()
@@ -329,8 +333,12 @@ func (r reader) flag(to *bool) error {
 
 // parseLeaf parses prefix and one object into x, which again must turn into the same bytes.
 func parseLeaf[T any](leaf []byte, prefix string, members []member[T], x *T, valid func(*T) error, again func([]byte, *T) []byte) error {
-	if len(leaf) > MaxLeaf {
-		return fmt.Errorf("%d bytes: at most %d are read", len(leaf), MaxLeaf)
+	most := MaxLeaf
+	if prefix == "" {
+		most = MaxEvidence
+	}
+	if len(leaf) > most {
+		return fmt.Errorf("%d bytes: at most %d are read", len(leaf), most)
 	}
 	if len(leaf) < len(prefix) || string(leaf[:len(prefix)]) != prefix {
 		return fmt.Errorf("does not begin with %q", prefix)

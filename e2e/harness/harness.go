@@ -22,7 +22,7 @@ import (
 )
 
 // ErrNoEnvoy says that no Envoy was found; see FindEnvoy.
-var ErrNoEnvoy = errors.New("no envoy: set ENVOY, run `make tools` or put envoy on PATH")
+var ErrNoEnvoy = errors.New("no envoy: set ENVOY, run `make setup` or put envoy on PATH")
 
 // pollEvery is how often readiness is asked for.
 const pollEvery = 20 * time.Millisecond

@@ -109,10 +109,10 @@ func (c *Classifier) Classify(req *policy.Request) Result {
 		return Result{Class: rt.Class, Rule: rt.name}
 	case req.BodyLarge:
 		return Result{Class: policy.W1, Rule: DeltaLarge}
-	case !req.HasBody:
+	case req.BodyMissing:
 		return Result{Rule: rt.name, Err: policy.ReasonBodyMode}
 	}
-	class, name := Delta(req.Body)
+	class, name := Delta(req.Body) // a request without a body is an empty one
 	return Result{Class: class, Rule: name}
 }
 

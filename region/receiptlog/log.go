@@ -25,14 +25,15 @@ import (
 )
 
 const (
-	signTimeout    = 5 * time.Second
-	logBatchAge    = 50 * time.Millisecond // facts: batch age must exceed flush time
-	logBatchSize   = 256
-	logGC          = time.Second // about 100 bundles per interval
-	shutdownWait   = 10 * time.Second
-	cachedBlocks   = 8 // inner trees kept for proofs
-	checkpointPoll = 100 * time.Millisecond
-	maxRecordBytes = 512 << 10 // headers are at most 60 KiB in Envoy; escaped and twice that is still well below
+	signTimeout     = 5 * time.Second
+	logBatchAge     = 50 * time.Millisecond // facts: batch age must exceed flush time
+	logBatchSize    = 256
+	logGC           = time.Second // about 100 bundles per interval
+	shutdownWait    = 10 * time.Second
+	cachedBlocks    = 8 // inner trees kept for proofs
+	checkpointPoll  = 100 * time.Millisecond
+	maxRequestBytes = 96 << 10 // of evidence; Envoy's own limit for all headers is 60 KiB by default
+	maxRecordBytes  = 512 << 10
 )
 
 // Errors of Decide that callers branch on. Each carries the reason with which the request is refused.
@@ -40,6 +41,7 @@ var (
 	ErrUnavailable = errors.New("receipt log is not available")
 	ErrFull        = errors.New("receipt log is full")
 	ErrUnsigned    = errors.New("records have gone unsigned for too long")
+	ErrTooLarge    = errors.New("request is too large to be recorded")
 	ErrStopping    = errors.New("receipt log is stopping")
 	ErrNotFound    = errors.New("no such receipt")
 	ErrPending     = errors.New("receipt is not under a signed checkpoint yet")
@@ -162,9 +164,11 @@ func Open(ctx context.Context, cfg Config) (_ *Log, err error) {
 		return nil, err
 	}
 	l.logID = l.id.logID()
-	if l.identity, err = keys.NoteSigner(l.id.Origin, cfg.Identity, signTimeout); err != nil {
+	identity, err := keys.NoteSigner(l.id.Origin, cfg.Identity, signTimeout)
+	if err != nil {
 		return nil, fmt.Errorf("open identity key: %w", err)
 	}
+	l.identity = guardedSigner{identity, l.faulted}
 	if l.trees, err = lru.New[uint64, *receipt.Tree](cachedBlocks); err != nil {
 		return nil, err
 	}
@@ -250,7 +254,11 @@ func (l *Log) Refusing() error {
 func (l *Log) refuse(err error) { l.refusing.Store(&err) }
 
 // Stop makes Decide refuse with ErrStopping; outcomes are still taken. The first step of a shutdown.
-func (l *Log) Stop() { l.refuse(ErrStopping) }
+func (l *Log) Stop() {
+	if l.faulted() == nil {
+		l.refuse(ErrStopping)
+	}
+}
 
 // NewID makes a receipt id for now: a UUIDv7 whose time never goes backwards, which lookups rely on, and the instance.
 func (l *Log) NewID() (string, [16]byte, error) {
@@ -284,6 +292,9 @@ func (l *Log) Decide(ctx context.Context, level Level, d *receipt.Decision, req 
 	if err := l.Refusing(); err != nil {
 		return err
 	}
+	if n := len(req.Method) + len(req.Scheme) + len(req.Authority) + len(req.Path) + len(req.RequestID) + len(req.Source); n > maxRequestBytes {
+		return fmt.Errorf("%w: %d bytes of method, host, path and request id, at most %d", ErrTooLarge, n, maxRequestBytes)
+	}
 	var r [48]byte
 	if _, err := rand.Read(r[:]); err != nil {
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
@@ -297,6 +308,9 @@ func (l *Log) Decide(ctx context.Context, level Level, d *receipt.Decision, req 
 	salt := [32]byte(r[16:])
 	d.Request = req.Commit(&salt)
 	ev := receipt.EvidenceFor(id, &salt, req)
+	if err := d.Validate(); err != nil { // a record that cannot be read back must not be written
+		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
 	t, err := l.wal.Append(level, false, func(seq uint64) []byte {
 		d.Ordinal = seq
 		l.mu.Lock()
@@ -333,12 +347,32 @@ func (l *Log) walError(err error) error {
 
 // fail latches: after a failed write or sync nothing is recorded, sealed or signed until a restart has re-audited the state.
 func (l *Log) fail(err error) {
-	cur := l.refusing.Load()
-	if cur != nil && errors.Is(*cur, ErrUnavailable) {
+	if l.faulted() != nil {
 		return
 	}
 	l.refuse(fmt.Errorf("%w until restarted: %w", ErrUnavailable, err))
 	l.log.Error("receipt log stopped: nothing is recorded or signed until a restart has checked the state", "error", err)
+}
+
+// faulted returns the fault that has stopped the log, nil while there is none.
+func (l *Log) faulted() error {
+	if p := l.refusing.Load(); p != nil && errors.Is(*p, ErrUnavailable) {
+		return *p
+	}
+	return nil
+}
+
+// guardedSigner signs nothing once the log has failed: what the disk holds is then not known until a restart has audited it.
+type guardedSigner struct {
+	note.Signer
+	faulted func() error
+}
+
+func (s guardedSigner) Sign(msg []byte) ([]byte, error) {
+	if err := s.faulted(); err != nil {
+		return nil, fmt.Errorf("sign: %w", err)
+	}
+	return s.Signer.Sign(msg)
 }
 
 // Outcome records what became of the transaction id. It does not wait for the disk. ErrNotFound when this replica knows no
@@ -383,6 +417,9 @@ func (l *Log) writeOutcome(_ context.Context, id string, uuid [16]byte, o *polic
 	}
 	if _, err := rand.Read(rec.Nonce[:]); err != nil {
 		return fmt.Errorf("record outcome: %w", err)
+	}
+	if err := rec.Validate(); err != nil {
+		return fmt.Errorf("record outcome of %s: %w", id, err)
 	}
 	_, err := l.wal.Append(wal.Durable, true, func(seq uint64) []byte {
 		rec.Ordinal = seq

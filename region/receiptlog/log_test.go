@@ -24,11 +24,14 @@ type fixture struct {
 	log   *Log
 	stop  context.CancelFunc
 	done  chan error
+
+	keysDir string
 }
 
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
-	store, err := soft.Open(t.TempDir() + "/keys")
+	keysDir := t.TempDir() + "/keys"
+	store, err := soft.Open(keysDir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +44,7 @@ func newFixture(t *testing.T) *fixture {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f := &fixture{t: t, store: store, cfg: Config{
+	f := &fixture{t: t, store: store, keysDir: keysDir, cfg: Config{
 		Dir: t.TempDir() + "/state", Origin: "example.com/test", Instance: "a", Identity: id, Daily: store, DailyLabel: "daily",
 		DailyAlgorithm: keys.Ed25519, DailyMaxAge: 24 * time.Hour, SealEvery: 100 * time.Millisecond, Heartbeat: time.Minute,
 		MaxUnsigned: time.Minute, OutcomeTimeout: time.Hour, SegmentBytes: 1 << 20, MaxBytes: 16 << 20,

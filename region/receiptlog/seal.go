@@ -48,14 +48,29 @@ type checkpoint struct {
 // Run closes blocks, feeds the log, watches the checkpoint and expires outcomes until ctx ends. An error is a fault that
 // stopped the log; the caller should stop serving.
 func (l *Log) Run(ctx context.Context) error {
+	// The WAL outlives those who write to it: the sealer must be able to finish the block it has cut.
+	walCtx, stopWAL := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopWAL()
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return l.wal.Run(ctx) })
+	walDone := make(chan error, 1)
+	go func() { walDone <- l.wal.Run(walCtx) }()
+	g.Go(func() error {
+		select {
+		case err := <-walDone:
+			walDone <- err
+			return err
+		case <-ctx.Done():
+			return nil
+		}
+	})
 	g.Go(func() error { return l.runSealer(ctx) })
 	g.Go(func() error { return l.runPublisher(ctx) })
 	g.Go(func() error { return l.runWatch(ctx) })
 	g.Go(func() error { return l.runExpiry(ctx) })
 	err := g.Wait()
-	if err != nil && !errors.Is(err, context.Canceled) {
+	stopWAL()
+	err = errors.Join(err, <-walDone)
+	if err != nil {
 		l.fail(err)
 		return fmt.Errorf("receipt log: %w", err)
 	}
@@ -83,9 +98,6 @@ func (l *Log) runSealer(ctx context.Context) error {
 			kind = receipt.HeaderHeartbeat
 		}
 		if err := l.seal(ctx, kind, headerExtra{}); err != nil {
-			if ctx.Err() != nil {
-				return nil // Close seals what is left
-			}
 			return err
 		}
 	}
@@ -105,6 +117,10 @@ type headerExtra struct {
 // that the next start adds to the log, byte for byte.
 func (l *Log) seal(ctx context.Context, kind string, x headerExtra) error {
 	l.mu.Lock()
+	if l.sealing != nil {
+		l.mu.Unlock()
+		return fmt.Errorf("seal: block %d could not be committed; a restart recovers its records from the WAL", l.sealing.n)
+	}
 	b := l.open
 	if kind != receipt.HeaderBlock && len(b.recs) > 0 {
 		l.mu.Unlock()
@@ -136,7 +152,7 @@ func (l *Log) commitBlock(ctx context.Context, b *block, kind string, x headerEx
 	// A record may be in the block before its write has been tried: nothing is sealed that the WAL does not hold.
 	// What a recovery seals was read from the WAL.
 	if len(b.recs) > 0 && !x.recovered {
-		if err := l.wal.Sync(ctx); err != nil {
+		if err := l.wal.Sync(context.WithoutCancel(ctx)); err != nil { // a block that was cut is finished
 			return err
 		}
 	}
@@ -336,8 +352,10 @@ func (l *Log) UnsignedAge() time.Duration {
 		since = l.uncovered.queue[0].since
 	} else {
 		l.mu.Lock()
-		if len(l.open.recs) > 0 {
-			since = l.open.since
+		for _, b := range []*block{l.open, l.sealing} { // the older one last
+			if b != nil && len(b.recs) > 0 {
+				since = b.since
+			}
 		}
 		l.mu.Unlock()
 	}
@@ -376,12 +394,10 @@ func parseCheckpoint(raw []byte) (*checkpoint, error) {
 	return &checkpoint{raw: raw, size: uint64(c.N), root: receipt.Hash(c.Hash)}, nil
 }
 
-// runExpiry records the outcome "unknown" for decisions that have waited too long.
+// runExpiry records the outcome "unknown" for the decisions that a crash left behind and for those that have waited too long.
 func (l *Log) runExpiry(ctx context.Context) error {
-	if err := l.expire(ctx, l.crashed, "the process ended before the outcome was known"); err != nil {
-		return err
-	}
-	tick := time.NewTicker(max(l.cfg.OutcomeTimeout/20, 250*time.Millisecond))
+	crashed := l.crashed
+	tick := time.NewTimer(0)
 	defer tick.Stop()
 	for {
 		select {
@@ -389,12 +405,24 @@ func (l *Log) runExpiry(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		if err := l.expire(ctx, l.pending.before(l.clock.now().Add(-l.cfg.OutcomeTimeout)), "outcome_timeout"); err != nil {
+		if err := l.expire(ctx, crashed, "the process ended before the outcome was known"); err == nil {
+			crashed = nil
+			err = l.expire(ctx, l.pending.before(l.clock.now().Add(-l.cfg.OutcomeTimeout)), "outcome_timeout")
+			if err != nil && !errors.Is(err, ErrFull) {
+				return err
+			}
+		} else if !errors.Is(err, ErrFull) {
 			return err
+		}
+		if next := max(l.cfg.OutcomeTimeout/20, 250*time.Millisecond); len(crashed) == 0 {
+			tick.Reset(next)
+		} else {
+			tick.Reset(50 * time.Millisecond) // the WAL was full: those written are not tried again, they are no longer pending
 		}
 	}
 }
 
+// expire records the outcome "unknown" for those of uuids that are still pending. ErrFull: try again soon.
 func (l *Log) expire(ctx context.Context, uuids [][16]byte, why string) error {
 	for _, u := range uuids {
 		ref, ok := l.pending.claim(u)
@@ -404,9 +432,6 @@ func (l *Log) expire(ctx context.Context, uuids [][16]byte, why string) error {
 		id := uuid.UUID(u).String() + "." + l.cfg.Instance
 		if err := l.writeOutcome(ctx, id, u, unknownOutcome(why), ref, false); err != nil {
 			l.pending.put(u, ref)
-			if errors.Is(err, ErrFull) {
-				return nil // tried again at the next tick
-			}
 			return err
 		}
 		l.counts.unknownOutcomes.Add(1)
@@ -441,6 +466,9 @@ func (l *Log) recover(ctx context.Context) error {
 		return err
 	}
 	lost := l.wal.Recovered()
+	if lost.LostFrom == lost.LostTo { // none: the header says so with zeros
+		lost.LostFrom, lost.LostTo = 0, 0
+	}
 	if crashed {
 		l.log.WarnContext(ctx, "recovering after a crash", "records_in_wal", replayed, "lost_from", lost.LostFrom, "lost_to", lost.LostTo)
 		l.counts.recovered.Add(replayed)

@@ -8,10 +8,10 @@ import (
 
 // batch is what we read of one StreamAccessLogsMessage. Its slices point into the frame.
 type batch struct {
-	identified    bool   // the message carries an identifier: the first of a stream does
-	node, logName []byte // node id and log name
-	tcp           bool   // entries of TCP connections, which are none of ours
-	entries       [][]byte
+	identified bool   // the message carries an identifier: the first of a stream does
+	node       []byte // node id
+	tcp        bool   // entries of TCP connections, which are none of ours
+	entries    [][]byte
 }
 
 // scan reads one StreamAccessLogsMessage. After an error b must not be used.
@@ -24,18 +24,16 @@ func (b *batch) scan(frame []byte) error {
 			b.identified = true
 			id := envoywire.NewReader(r.Bytes)
 			for id.Next() {
-				switch {
-				case id.IsMessage(1):
-					node := envoywire.NewReader(id.Bytes)
-					for node.Next() {
-						if node.Num == 1 {
-							node.Text(&b.node)
-						}
-					}
-					id.Fail(node.Err())
-				case id.Num == 2:
-					id.Text(&b.logName)
+				if !id.IsMessage(1) {
+					continue
 				}
+				node := envoywire.NewReader(id.Bytes)
+				for node.Next() {
+					if node.Num == 1 {
+						node.Text(&b.node)
+					}
+				}
+				id.Fail(node.Err())
 			}
 			r.Fail(id.Err())
 		case r.IsMessage(2): // oneof with 3: whichever comes last counts; pieces of the same one are joined

@@ -249,6 +249,9 @@ func (p *Pipeline) unrecorded(r *rules, route *config.RoutePolicy, d policy.Deci
 	reason := reasonOf(err)
 	p.logOnce(string(reason), "decision cannot be recorded", "reason", reason, "error", err)
 	d = policy.Decision{Class: d.Class, Rule: d.Rule, Verdict: policy.Refuse, Reason: reason, Status: http.StatusServiceUnavailable, RetryAfter: time.Second}
+	if reason == policy.ReasonTooLarge {
+		d.Status, d.RetryAfter = http.StatusRequestHeaderFieldsTooLarge, 0
+	}
 	if route.AllowOnFailure || r.cfg.DryRun {
 		d.Gap = true
 		p.meter.Gap("service")

@@ -104,6 +104,8 @@ func reasonOf(err error) policy.Reason {
 		return policy.ReasonLogFull
 	case errors.Is(err, receiptlog.ErrUnsigned):
 		return policy.ReasonUnsigned
+	case errors.Is(err, receiptlog.ErrTooLarge):
+		return policy.ReasonTooLarge
 	case errors.Is(err, receiptlog.ErrStopping):
 		return policy.ReasonStopping
 	}
@@ -119,6 +121,7 @@ var localReplies = []struct{ prefix, kind string }{
 	{"http2.header_overflow", "headers_too_large"},
 	{"route_not_found", "no_route"},
 	{"direct_response", "direct_response"},
+	{"upgrade_failed", "upgrade_refused"},
 	{"ext_proc", "ext_proc_failed"},
 	{"knhk_", "refused_unrecorded"},
 	{"http1.", "protocol_error"},

@@ -63,7 +63,7 @@ type Config struct {
 	// Capture is what Envoy was set to by `knhk bootstrap`, "lean" or "full"; a stream that shows otherwise is counted as
 	// EventCaptureMismatch and complained of once. Empty: not compared.
 	Capture string
-	// Log gets faults, each kind at most once a second or once ever as its comment says. Required.
+	// Log gets faults: a panic each time, with its stack, any other kind once in the Server's life. Required.
 	Log *slog.Logger
 	// Count is called for everything worth counting. It must be quick and safe for concurrent use. Optional.
 	Count func(Event)

@@ -14,8 +14,8 @@ import (
 	"github.com/knhk/sidecar/server/envoywire"
 )
 
-// How a call ends. Envoy has ended the stream by then and hears neither; the codes are for our own metrics, and the
-// second for the case that it has not.
+// How a call ends. Envoy has ended the stream by then and hears neither; if it has not, it takes both as a failure of ours
+// and refuses (Envoy 1.40: ext_proc_error_gRPC_error_1, status_on_error).
 var (
 	errEnded = status.Error(codes.Canceled, "stream ended by Envoy")
 	errFault = status.Error(codes.Internal, "internal fault")
@@ -63,6 +63,7 @@ func (s *Server) process(ss grpc.ServerStream) (err error) {
 	defer func() {
 		if p := recover(); p != nil { // st is left to the garbage collector: who knows what it is in the middle of
 			s.panicked(ctx, "stream", p)
+			st.end(ctx, errSend)
 			err = errFault
 			return
 		}

@@ -227,7 +227,7 @@ func TestScanAgreesWithGenerated(t *testing.T) {
 			"google.protobuf.Value":                 {2, 3, 3},
 		},
 	}
-	n := 300_000
+	n := 100_000
 	if testing.Short() {
 		n = 20_000
 	}

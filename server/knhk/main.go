@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -39,9 +40,9 @@ func run(args []string) int {
 	case err == nil:
 		return 0
 	case errors.As(err, &problems):
-		if !jsonOutput(cmd) {
-			fmt.Fprintln(os.Stderr, err)
-		}
+		fmt.Fprintln(os.Stderr, err)
+		return exitUsage
+	case errors.Is(err, errShown):
 		return exitUsage
 	case errors.As(err, &usage):
 		fmt.Fprintf(os.Stderr, "knhk: %v\nRun 'knhk --help' or 'knhk COMMAND --help'.\n", err)
@@ -56,18 +57,25 @@ func run(args []string) int {
 // usageError is a command line that is wrong.
 type usageError struct{ error }
 
-// errSaid ends a command that has printed what is wrong itself.
-var errSaid = errors.New("failed")
+// errSaid and errShown end a command that has printed itself what is wrong: with what it judged, or with the configuration.
+var (
+	errSaid  = errors.New("failed")
+	errShown = errors.New("configuration is wrong")
+)
+
+// exitCodes ends every help text.
+const exitCodes = `
+Exit codes: 0 done, and nothing wrong was found; 1 failed, refused, not found or not valid;
+2 the command line or the configuration is wrong.
+`
 
 func root() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "knhk",
 		Short: "Verifiable receipts, admission and promotion for Envoy",
 		Long: `knhk runs beside Envoy: it decides about every request, records the decision before the request goes on,
-and keeps the records in a transparency log that anyone can check offline.
-
-Exit codes: 0 done, and nothing wrong was found; 1 failed, refused, not found or not valid;
-2 the command line or the configuration is wrong.`,
+and keeps the records in a transparency log that anyone can check offline.`,
+		Version: version(),
 		Example: `  knhk check --config knhk.yaml          is the configuration right?
   knhk bootstrap --config knhk.yaml > envoy.yaml
   knhk serve --config knhk.yaml
@@ -92,18 +100,21 @@ Exit codes: 0 done, and nothing wrong was found; 1 failed, refused, not found or
 		}
 		return nil
 	}
+	cmd.SetHelpTemplate(cmd.HelpTemplate() + exitCodes)
 	cmd.AddCommand(serveCmd(), checkCmd(), bootstrapCmd(), receiptsCmd(), verifyCmd(), fsckCmd())
 	cmd.CompletionOptions.HiddenDefaultCmd = true
 	return cmd
 }
 
-// jsonOutput says whether the command line asks for JSON.
-func jsonOutput(cmd *cobra.Command) bool {
-	o, err := cmd.PersistentFlags().GetString("output")
-	return err == nil && o == "json"
+// version is the module's version as the Go tool stamped it.
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "unknown"
 }
 
-// wantJSON is jsonOutput for a subcommand.
+// wantJSON says whether the command line asks for JSON.
 func wantJSON(cmd *cobra.Command) bool {
 	o, _ := cmd.Flags().GetString("output")
 	return o == "json"

@@ -41,18 +41,22 @@ func receiptsCmd() *cobra.Command {
 }
 
 // client talks to the admin listener.
-func client(cmd *cobra.Command) adminv1connect.ReceiptServiceClient {
+func client(cmd *cobra.Command) (adminv1connect.ReceiptServiceClient, error) {
 	addr, _ := cmd.Flags().GetString("admin")
 	t := &http.Transport{}
 	url := "http://" + addr
-	if path, ok := strings.CutPrefix(addr, "unix:"); ok {
+	path, unix := strings.CutPrefix(addr, "unix:")
+	if _, _, err := net.SplitHostPort(addr); err != nil && !unix {
+		return nil, usageError{fmt.Errorf("--admin %q: want host:port or unix:/path", addr)}
+	}
+	if unix {
 		t.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", path)
 		}
 		url = "http://localhost"
 	}
-	return adminv1connect.NewReceiptServiceClient(&http.Client{Transport: t}, url)
+	return adminv1connect.NewReceiptServiceClient(&http.Client{Transport: t}, url), nil
 }
 
 // said turns an error of the admin API into one line that says what to do.
@@ -68,6 +72,8 @@ func said(cmd *cobra.Command, err error) error {
 	switch ce.Code() {
 	case connect.CodeUnavailable:
 		return fmt.Errorf("cannot reach knhk at %s (%s): is it running? --admin or KNHK_ADMIN says where", addr, ce.Message())
+	case connect.CodeFailedPrecondition:
+		return fmt.Errorf("%s: ask again in a second, or let --wait 5s do that", ce.Message())
 	case connect.CodeInvalidArgument:
 		return usageError{errors.New(ce.Message())}
 	}
@@ -101,7 +107,11 @@ A fresh receipt has no proof until its block is sealed and signed, about a secon
 			story, _ := cmd.Flags().GetBool("story")
 			req.Evidence = req.Evidence || story
 			wait, _ := cmd.Flags().GetDuration("wait")
-			bundle, err := getBundle(cmd, req, wait)
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			bundle, err := getBundle(cmd.Context(), c, req, wait)
 			if err != nil {
 				return said(cmd, err)
 			}
@@ -109,7 +119,7 @@ A fresh receipt has no proof until its block is sealed and signed, about a secon
 				_, err = cmd.OutOrStdout().Write(append(bytes.TrimSuffix(bundle, []byte("\n")), '\n'))
 				return err
 			}
-			return tellStory(cmd, bundle)
+			return tellStory(cmd, c, bundle)
 		},
 	}
 	cmd.Flags().String("request-id", "", "by x-request-id")
@@ -121,10 +131,10 @@ A fresh receipt has no proof until its block is sealed and signed, about a secon
 }
 
 // getBundle asks until the bundle is there and has its outcome, or wait is over.
-func getBundle(cmd *cobra.Command, req *adminv1.GetRequest, wait time.Duration) ([]byte, error) {
+func getBundle(ctx context.Context, c adminv1connect.ReceiptServiceClient, req *adminv1.GetRequest, wait time.Duration) ([]byte, error) {
 	deadline := time.Now().Add(wait)
 	for {
-		resp, err := client(cmd).Get(cmd.Context(), req)
+		resp, err := c.Get(ctx, req)
 		again := connect.CodeOf(err) == connect.CodeFailedPrecondition || connect.CodeOf(err) == connect.CodeNotFound
 		if err == nil {
 			b, perr := receipt.ParseBundle(resp.GetBundle())
@@ -134,15 +144,15 @@ func getBundle(cmd *cobra.Command, req *adminv1.GetRequest, wait time.Duration) 
 			return resp.GetBundle(), err
 		}
 		select {
-		case <-cmd.Context().Done():
-			return nil, cmd.Context().Err()
+		case <-ctx.Done():
+			return nil, ctx.Err()
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
 }
 
-func tellStory(cmd *cobra.Command, bundle []byte) error {
-	s, err := client(cmd).Status(cmd.Context(), &adminv1.StatusRequest{})
+func tellStory(cmd *cobra.Command, c adminv1connect.ReceiptServiceClient, bundle []byte) error {
+	s, err := c.Status(cmd.Context(), &adminv1.StatusRequest{})
 	if err != nil {
 		return said(cmd, err)
 	}
@@ -175,7 +185,11 @@ func listCmd() *cobra.Command {
 			req.Before, _ = cmd.Flags().GetString("before")
 			req.RequestId, _ = cmd.Flags().GetString("request-id")
 			req.TraceId, _ = cmd.Flags().GetString("trace-id")
-			resp, err := client(cmd).List(cmd.Context(), req)
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			resp, err := c.List(cmd.Context(), req)
 			if err != nil {
 				return said(cmd, err)
 			}
@@ -232,58 +246,65 @@ func exportCmd() *cobra.Command {
 		Long: `Export the bundles of every receipt that is under the latest signed checkpoint, one JSON a line, in order of admission.
 The result goes to --file, written aside and renamed when it is whole, or to standard output. 'knhk verify' reads it.`,
 		Args: args(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) (err error) {
-			req := &adminv1.ExportRequest{}
-			req.Evidence, _ = cmd.Flags().GetBool("evidence")
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			path, _ := cmd.Flags().GetString("file")
-			var out io.Writer = cmd.OutOrStdout()
-			if path != "" {
-				f, err := os.OpenFile(path+".part", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-				if err != nil {
-					return err
-				}
-				out = f
-				defer func() {
-					err = errors.Join(err, f.Sync(), f.Close())
-					if err == nil {
-						err = os.Rename(path+".part", path)
-					} else {
-						os.Remove(path + ".part")
-					}
-				}()
+			if path == "" {
+				return export(cmd, cmd.OutOrStdout())
 			}
-			stream, err := client(cmd).Export(cmd.Context(), req)
+			part := path + ".part"
+			f, err := os.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 			if err != nil {
-				return said(cmd, err)
+				return err
 			}
-			defer stream.Close()
-			bar := progress(cmd, "exporting")
-			var done uint64
-			var line bytes.Buffer
-			for stream.Receive() {
-				m := stream.Msg()
-				done = m.GetDone()
-				line.Reset()
-				if err := json.Compact(&line, m.GetBundle()); err != nil {
-					return err
-				}
-				line.WriteByte('\n')
-				if _, err := out.Write(line.Bytes()); err != nil {
-					return err
-				}
-				bar(done, m.GetTotal())
+			if err = errors.Join(export(cmd, f), f.Sync(), f.Close()); err == nil {
+				err = os.Rename(part, path)
 			}
-			bar(done, done)
-			if err := stream.Err(); err != nil {
-				return said(cmd, err)
+			if err != nil {
+				os.Remove(part)
 			}
-			fmt.Fprintf(cmd.ErrOrStderr(), "exported %d receipts\n", done)
-			return nil
+			return err
 		},
 	}
 	cmd.Flags().Bool("evidence", false, "include the evidence")
 	cmd.Flags().String("file", "", "write to this file instead of standard output")
 	return cmd
+}
+
+// export writes every bundle to out, one a line. After an error what it has written is not whole.
+func export(cmd *cobra.Command, out io.Writer) error {
+	req := &adminv1.ExportRequest{}
+	req.Evidence, _ = cmd.Flags().GetBool("evidence")
+	c, err := client(cmd)
+	if err != nil {
+		return err
+	}
+	stream, err := c.Export(cmd.Context(), req)
+	if err != nil {
+		return said(cmd, err)
+	}
+	defer stream.Close()
+	bar := progress(cmd, "exporting")
+	var done uint64
+	var line bytes.Buffer
+	for stream.Receive() {
+		m := stream.Msg()
+		done = m.GetDone()
+		line.Reset()
+		if err := json.Compact(&line, m.GetBundle()); err != nil {
+			return err
+		}
+		line.WriteByte('\n')
+		if _, err := out.Write(line.Bytes()); err != nil {
+			return err
+		}
+		bar(done, m.GetTotal())
+	}
+	bar(done, done)
+	if err := stream.Err(); err != nil {
+		return said(cmd, err)
+	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "exported %d receipts\n", done)
+	return nil
 }
 
 // progress returns a function that shows how far a long work is, on standard error if that is a terminal.
@@ -312,7 +333,11 @@ func tailCmd() *cobra.Command {
 		Long:  `Follow decisions and outcomes as they are written, until interrupted. A reader that is too slow misses records.`,
 		Args:  args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			stream, err := client(cmd).Tail(cmd.Context(), &adminv1.TailRequest{})
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			stream, err := c.Tail(cmd.Context(), &adminv1.TailRequest{})
 			if err != nil {
 				return said(cmd, err)
 			}
@@ -355,7 +380,11 @@ func statusCmd() *cobra.Command {
 		Short: "Say how the log stands",
 		Args:  args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := client(cmd).Status(cmd.Context(), &adminv1.StatusRequest{})
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			s, err := c.Status(cmd.Context(), &adminv1.StatusRequest{})
 			if err != nil {
 				return said(cmd, err)
 			}

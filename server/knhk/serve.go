@@ -92,7 +92,10 @@ Nothing is opened or bound. Exit code 2 if anything is wrong.`,
 				if err := printJSON(cmd, out); err != nil {
 					return err
 				}
-				return err
+				if !out.OK {
+					return errShown
+				}
+				return nil
 			}
 			if err != nil {
 				return err

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -41,9 +42,7 @@ One line for each bundle says what it proves or why it is refused. Exit code 1 i
 			v.quiet, _ = cmd.Flags().GetBool("quiet")
 			v.story, _ = cmd.Flags().GetBool("story")
 			for _, f := range files {
-				if err := v.file(f); err != nil {
-					return err
-				}
+				v.file(f)
 			}
 			return v.finish()
 		},
@@ -64,7 +63,7 @@ type verification struct {
 
 type verifyResult struct {
 	File    string `json:"file"`
-	Number  int    `json:"number"`
+	Number  int    `json:"number"` // of the bundle in its file, from 1; 0 if the file cannot be read
 	OK      bool   `json:"ok"`
 	ID      string `json:"id,omitempty"`
 	Verdict string `json:"verdict,omitempty"`
@@ -74,13 +73,14 @@ type verifyResult struct {
 }
 
 // file verifies every bundle of a file. Bundles are JSON values one after the other, so a damaged one ends its file: what
-// follows cannot be told apart.
-func (v *verification) file(path string) error {
+// follows cannot be told apart. So does a file that cannot be read: what cannot be checked is refused.
+func (v *verification) file(path string) {
 	var in io.Reader = v.cmd.InOrStdin()
 	if path != "-" {
 		f, err := os.Open(path)
 		if err != nil {
-			return err
+			v.add(verifyResult{File: path, Error: err.Error()}, nil)
+			return
 		}
 		defer f.Close()
 		in = f
@@ -89,7 +89,7 @@ func (v *verification) file(path string) error {
 	for n := 1; ; n++ {
 		raw, err := dec.ReadValue()
 		if errors.Is(err, io.EOF) && n > 1 {
-			return nil
+			return
 		}
 		r := verifyResult{File: path, Number: n}
 		if err != nil {
@@ -98,7 +98,7 @@ func (v *verification) file(path string) error {
 				r.Error = "not a bundle: empty"
 			}
 			v.add(r, nil)
-			return nil
+			return
 		}
 		b, err := receipt.ParseBundle(bytes.Clone(raw))
 		var ok *receipt.Verified
@@ -126,6 +126,8 @@ func (v *verification) add(r verifyResult, ok *receipt.Verified) {
 	switch out := v.cmd.OutOrStdout(); {
 	case wantJSON(v.cmd):
 		v.results = append(v.results, r)
+	case !r.OK && r.Number == 0:
+		fmt.Fprintf(out, "REFUSED %s: %s\n", r.File, r.Error)
 	case !r.OK:
 		fmt.Fprintf(out, "REFUSED %s #%d: %s\n", r.File, r.Number, r.Error)
 	case v.story:
@@ -164,6 +166,9 @@ Exit code 1 if anything is wrong; every problem is named.`,
 		RunE: func(cmd *cobra.Command, a []string) error {
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelError}))
 			r, err := receiptlog.Fsck(cmd.Context(), a[0], log, progress(cmd, "checking"))
+			if errors.Is(err, syscall.EWOULDBLOCK) {
+				return fmt.Errorf("audit %s: a running knhk owns it: stop that one, or audit a copy", a[0])
+			}
 			if err != nil {
 				return err
 			}

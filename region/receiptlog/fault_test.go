@@ -1,0 +1,378 @@
+package receiptlog
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/klauspost/compress/zstd"
+	"golang.org/x/mod/sumdb/note"
+
+	"github.com/knhk/sidecar/crypto/keys"
+	"github.com/knhk/sidecar/crypto/receipt"
+	"github.com/knhk/sidecar/policy"
+	"github.com/knhk/sidecar/region/wal"
+	"github.com/knhk/sidecar/region/wal/waltest"
+)
+
+// eventually waits for what the log's own goroutines do.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not in time: %s", what)
+		}
+	}
+}
+
+func TestOpenRefuses(t *testing.T) {
+	f := newFixture(t)
+	f.open()
+	if _, err := Open(t.Context(), f.cfg); err == nil || !strings.Contains(err.Error(), "another knhk owns it") {
+		t.Errorf("second owner: %v", err)
+	}
+	f.close()
+	v, err := f.store.Create(t.Context(), "other", keys.Ed25519)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := f.store.Signer(t.Context(), "other", v.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name, want string
+		change     func(*Config)
+	}{
+		{"another identity key under the log", "the identity key of a log never changes", func(c *Config) { c.Identity = other }},
+		{"another origin", "an origin is for ever", func(c *Config) { c.Origin = "example.com/other" }},
+		{"a directory with something else in it", "no VERSION file", func(c *Config) {
+			c.Dir = t.TempDir()
+			os.WriteFile(filepath.Join(c.Dir, "precious"), nil, 0o600)
+		}},
+		{"a newer layout", "this program reads", func(c *Config) {
+			c.Dir = t.TempDir()
+			os.WriteFile(filepath.Join(c.Dir, "VERSION"), []byte("knhk-state 2\n"), 0o600)
+		}},
+		{"a daily key for two days", "at most 24h", func(c *Config) { c.DailyMaxAge = 48 * time.Hour }},
+	} {
+		cfg := f.cfg
+		c.change(&cfg)
+		if l, err := Open(t.Context(), cfg); err == nil {
+			l.Close(context.Background())
+			t.Errorf("%s: opened", c.name)
+		} else if !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+	f.open() // and none of it did any harm
+}
+
+// flakyKey fails while told to, as a token that is away does.
+type flakyKey struct {
+	keys.Signer
+	away atomic.Bool
+}
+
+func (k *flakyKey) Sign(ctx context.Context, msg []byte) ([]byte, error) {
+	if k.away.Load() {
+		return nil, keys.ErrUnavailable
+	}
+	return k.Signer.Sign(ctx, msg)
+}
+
+// TestUnsigned takes the identity key away: records stay durable, then requests are refused, and both end when it is back.
+func TestUnsigned(t *testing.T) {
+	f := newFixture(t)
+	k := &flakyKey{Signer: f.cfg.Identity}
+	f.cfg.Identity, f.cfg.MaxUnsigned = k, time.Second
+	l := f.open()
+	f.bundle(f.decide(wal.Durable, "before"), 1)
+	k.away.Store(true)
+	during := f.decide(wal.Durable, "during") // durable and unsigned is good enough for a while
+	eventually(t, "refusal", func() bool { return errors.Is(l.Refusing(), ErrUnsigned) })
+	if err := l.Decide(t.Context(), wal.Durable, &receipt.Decision{Class: "W1", Verdict: "admit", Reason: "ok", Capture: "lean"}, &receipt.Request{}); !errors.Is(err, ErrUnsigned) {
+		t.Errorf("decide while unsigned: %v", err)
+	}
+	if s, err := l.Get(t.Context(), during); err != nil || s.State == StateLogged {
+		t.Errorf("unsigned receipt is %q, %v", s.State, err)
+	}
+	k.away.Store(false)
+	eventually(t, "admission", func() bool { return l.Refusing() == nil })
+	f.bundle(during, 1)
+	f.bundle(f.decide(wal.Durable, "after"), 1)
+	f.close()
+	f.fsckClean()
+}
+
+// TestUnknownOutcome lets a decision wait for too long, then the truth arrive late.
+func TestUnknownOutcome(t *testing.T) {
+	f := newFixture(t)
+	f.cfg.OutcomeTimeout = time.Second
+	l := f.open()
+	id := f.decide(wal.Durable, "r")
+	v := f.bundle(id, 2)
+	if o := v.Outcomes[0]; o.Result != string(policy.ResultUnknown) || o.Details != "outcome_timeout" || o.Source != "recovery" {
+		t.Errorf("outcome %+v", o)
+	}
+	f.outcome(id, 201)
+	v = f.bundle(id, 3)
+	if o := v.Outcomes[1]; !o.Late || o.Status != 201 {
+		t.Errorf("late outcome %+v", o)
+	}
+	f.outcome(id, 500) // nothing comes after that
+	if s := l.Stats(); s.LateOutcomes != 1 || s.UnknownOutcomes != 1 || s.DuplicateOutcomes != 1 {
+		t.Errorf("counts %+v", s)
+	}
+	if err := l.Outcome(t.Context(), "01932c5e-8a4b-7c3d-9e2f-112233445566.b", unknownOutcome("x")); !errors.Is(err, ErrNotFound) {
+		t.Errorf("outcome of another replica's decision: %v", err)
+	}
+	f.close()
+	f.fsckClean()
+}
+
+// TestFailedSync makes one fdatasync of the WAL fail: from then on nothing is acknowledged, sealed or signed, until a restart.
+func TestFailedSync(t *testing.T) {
+	fs := waltest.New(0)
+	f := newFixture(t)
+	f.cfg.WALFS = fs
+	l := f.open()
+	before := f.decide(wal.Durable, "before")
+	f.bundle(before, 1)
+	fs.FailNth(waltest.OpSync, 1, waltest.Fault{Err: errors.New("input/output error")})
+	d := receipt.Decision{Class: "W1", Verdict: "admit", Reason: "ok", Capture: "lean"}
+	err := l.Decide(t.Context(), wal.Durable, &d, &receipt.Request{})
+	if !errors.Is(err, ErrUnavailable) {
+		t.Fatalf("decide over a failed sync: %v", err)
+	}
+	eventually(t, "the latch", func() bool { return errors.Is(l.Refusing(), ErrUnavailable) })
+	size := l.Stats().CheckpointSize
+	if err := l.Decide(t.Context(), wal.Written, &d, &receipt.Request{}); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("decide after a failed sync: %v", err)
+	}
+	f.stop()
+	<-f.done
+	l.Close(context.Background()) // reports the fault again
+	f.log = nil
+	if got := l.Stats().CheckpointSize; got != size {
+		t.Errorf("the log signed %d leaves after the fault, had %d", got, size)
+	}
+	f.cfg.WALFS = fs.Clone() // the restart
+	f.open()
+	f.bundle(before, 1)
+	f.close()
+	f.fsckClean()
+}
+
+// TestFsckNames damages a directory in ways that an audit must name.
+func TestFsckNames(t *testing.T) {
+	f := newFixture(t)
+	f.open()
+	for i := range 30 {
+		f.outcome(f.decide(wal.Durable, fmt.Sprint(i)), 200)
+	}
+	f.close()
+	f.fsckClean()
+	whole := f.cfg.Dir
+	edit := func(dir string, change func(db *pebble.DB) error) {
+		db, err := pebble.Open(filepath.Join(dir, "blocks"), &pebble.Options{Logger: pebbleLog{f.cfg.Log}})
+		if err == nil {
+			err = errors.Join(change(db), db.Close())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		name, where, what string
+		damage            func(dir string)
+	}{
+		{"a block's records are deleted", "block 1 ", "is missing", func(dir string) {
+			edit(dir, func(db *pebble.DB) error { return db.Delete(key(kRecords, 1, 0), pebble.Sync) })
+		}},
+		{"a block and its header are deleted", "incarnation ", "records are gone", func(dir string) {
+			edit(dir, func(db *pebble.DB) error {
+				return errors.Join(db.Delete(key(kRecords, 1, 0), pebble.Sync), db.Delete(key(kHeader, 1), pebble.Sync))
+			})
+		}},
+		{"a block's records are swapped for another's", "block 1 ", "do not hash to the root", func(dir string) {
+			edit(dir, func(db *pebble.DB) error {
+				s := &store{db: db}
+				s.enc, _ = zstd.NewWriter(nil)
+				s.dec, _ = zstd.NewReader(nil)
+				recs, err := s.records(1, headerCount(t, s, 1))
+				if err != nil {
+					return err
+				}
+				recs[0] = bytes.Replace(recs[0], []byte("admit"), []byte("park"), 1)
+				var plain []byte
+				for _, r := range recs {
+					plain = appendChunk(plain, r)
+				}
+				return db.Set(key(kRecords, 1, 0), s.enc.EncodeAll(plain, nil), pebble.Sync)
+			})
+		}},
+		{"the checkpoint is another's", "checkpoint", "not signed by the identity key", func(dir string) {
+			os.WriteFile(filepath.Join(dir, "log", "checkpoint"), []byte("x\n1\nAAAA\n\n— x AAAA\n"), 0o600)
+		}},
+		{"a leaf of the log is changed", "log", "do not match the signed checkpoint", func(dir string) {
+			files, err := filepath.Glob(filepath.Join(dir, "log", "tile", "entries", "*", "*"))
+			if err != nil || len(files) == 0 {
+				t.Fatal(files, err)
+			}
+			for _, p := range files {
+				b, err := os.ReadFile(p)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(p, bytes.Replace(b, []byte(`"kind":"block"`), []byte(`"kind":"blocq"`), 1), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}},
+	} {
+		dir := filepath.Join(t.TempDir(), "copy")
+		if err := os.CopyFS(dir, os.DirFS(whole)); err != nil {
+			t.Fatal(err)
+		}
+		c.damage(dir)
+		f.cfg.Dir = dir
+		r := f.fsck()
+		named := false
+		for _, p := range r.Problems {
+			named = named || strings.HasPrefix(p.Where, c.where) && strings.Contains(p.What, c.what)
+		}
+		if !named {
+			t.Errorf("%s: not named: %+v", c.name, r.Problems)
+		}
+	}
+}
+
+func headerCount(t *testing.T, s *store, n uint64) uint64 {
+	t.Helper()
+	h, _, ok, err := s.parseHeaderAt(n)
+	if err != nil || !ok {
+		t.Fatal(ok, err)
+	}
+	return h.Count
+}
+
+// TestStateBehindLog restores an older copy of the blocks and the WAL under a newer log: the incarnation that the log has seen more
+// of is not continued, so that no (incarnation, seq) ever gets a second header.
+func TestStateBehindLog(t *testing.T) {
+	f := newFixture(t)
+	f.open()
+	f.bundle(f.decide(wal.Durable, "old"), 1)
+	f.close()
+	old := filepath.Join(t.TempDir(), "old")
+	if err := os.CopyFS(old, os.DirFS(f.cfg.Dir)); err != nil {
+		t.Fatal(err)
+	}
+	f.open()
+	f.bundle(f.decide(wal.Durable, "forgotten"), 1)
+	f.close()
+	for _, part := range []string{"blocks", "wal"} {
+		p := filepath.Join(f.cfg.Dir, part)
+		if err := errors.Join(os.RemoveAll(p), os.CopyFS(p, os.DirFS(filepath.Join(old, part)))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.open()
+	f.bundle(f.decide(wal.Durable, "new"), 1)
+	f.close()
+	r := f.fsck()
+	gone := false
+	for _, p := range r.Problems {
+		gone = gone || strings.Contains(p.What, "records are gone")
+		if strings.Contains(p.What, "equivocation") {
+			t.Errorf("%s: %s", p.Where, p.What)
+		}
+	}
+	if !gone {
+		t.Errorf("fsck does not name the forgotten block: %+v", r.Problems)
+	}
+}
+
+// TestDailyAge moves the clock: a daily key past its age never signs, whichever way the wall clock jumps, and a new one takes over.
+func TestDailyAge(t *testing.T) {
+	var offset atomic.Int64
+	f := newFixture(t)
+	f.cfg.Now = func() time.Time { return time.Now().Add(time.Duration(offset.Load())) }
+	l := f.open()
+	first, until := l.DailyKey()
+	msg := []byte("x\n")
+	if _, err := l.daily.Sign(msg); err != nil {
+		t.Fatal(err)
+	}
+	offset.Store(int64(25 * time.Hour))
+	if _, err := l.daily.Sign(msg); !errors.Is(err, ErrKeyExpired) && err != nil {
+		t.Errorf("sign after 25 h: %v", err)
+	}
+	eventually(t, "a new daily key", func() bool { k, _ := l.DailyKey(); return k != first })
+	f.bundle(f.decide(wal.Durable, "after"), 1)
+	// Set back by two days: time as the log knows it stands still rather than go back.
+	offset.Store(int64(-24 * time.Hour))
+	if now := l.clock.now(); now.Before(until) {
+		t.Errorf("the clock went back to %v, the first key ended %v", now, until)
+	}
+	f.close()
+	// And over a restart: the last header's time is the floor.
+	f.open()
+	if now := f.log.clock.now(); now.Before(until) {
+		t.Errorf("after a restart the clock went back to %v", now)
+	}
+}
+
+// TestDailySigner checks the signer alone: exactly at its end the key refuses, and a swap between KeyHash and Sign does not mix
+// two keys in one line.
+func TestDailySigner(t *testing.T) {
+	var now atomic.Pointer[time.Time]
+	start := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	now.Store(&start)
+	c := newClock(func() time.Time { return *now.Load() }, time.Time{})
+	a, b := noteKey(t), noteKey(t)
+	s := &dailySigner{origin: a.Name(), clock: c}
+	s.use(a, start.Add(24*time.Hour))
+	hash := s.KeyHash()
+	s.use(b, start.Add(48*time.Hour))
+	sig, err := s.Sign([]byte("m\n"))
+	if err != nil || hash != a.KeyHash() {
+		t.Fatalf("hash %x, %v", hash, err)
+	}
+	if want, _ := a.Sign([]byte("m\n")); !bytes.Equal(sig, want) {
+		t.Error("the line names one key and is signed by another")
+	}
+	s.use(a, start.Add(24*time.Hour))
+	for _, step := range []struct {
+		at time.Duration
+		ok bool
+	}{{23*time.Hour + 59*time.Minute, true}, {24 * time.Hour, false}, {10 * 365 * 24 * time.Hour, false}, {0, false}, {-time.Hour, false}} {
+		at := start.Add(step.at)
+		now.Store(&at)
+		s.KeyHash()
+		if _, err := s.Sign([]byte("m\n")); (err == nil) != step.ok {
+			t.Errorf("at %v: %v, want ok %v", step.at, err, step.ok)
+		}
+	}
+}
+
+func noteKey(t *testing.T) note.Signer {
+	t.Helper()
+	skey, _, err := note.GenerateKey(nil, "example.com/test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := note.NewSigner(skey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
