@@ -3,296 +3,156 @@
 
 usage: verify.py POLICY BUNDLE...
 
-Prints one line for each bundle; exits with 0 when all verify, 1 when one does not, 2 for wrong usage or a policy it cannot
-read. It knows Ed25519 log keys and no witnesses: a policy with a quorum needs "knhk verify". The formats are C2SP signed-note,
-tlog-checkpoint and tlog-proof, RFC 6962 trees, RFC 8032 signatures, and what the Go package crypto/receipt documents.
+Prints one line for each bundle; exits with 0 when all verify, 1 when one does not, 2 for wrong usage or a policy it cannot read.
+The formats are C2SP signed-note, tlog-checkpoint and tlog-proof and those of the Go package crypto/receipt. It leaves to "knhk
+verify", and so may accept what that refuses: other spellings of a value and values that no recorder writes, the number and use of
+parts, the order of times, what a key statement says of its predecessor and of the log before it, which outcomes may follow one
+another, and whether headers agree on recorder, sequence and ordinals; it knows no witnesses and no keys but Ed25519.
 """
-import base64
-import hashlib
-import json
-import re
-import sys
-
-MAX_SKEW = 300 * 10**9  # nanoseconds that times may be out of order
-
-
-class Refused(Exception):
-    pass
-
+import base64, hashlib, json, pathlib, sys
 
 def need(ok, why):
     if not ok:
-        raise Refused(why)
+        raise ValueError(why)
 
+def sha256(data):
+    return hashlib.sha256(data).digest()
 
-def sha(*parts):
-    return hashlib.sha256(b"".join(parts)).digest()
+def unbase64(text):  # standard, or base64url without padding
+    return base64.b64decode(text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4), validate=True)
 
+# Ed25519 with the names of RFC 8032 section 5.1. Points are (x, y).
+p, L = 2**255 - 19, 2**252 + 27742317777372353535851937790883648493
+d, sqrt_of_minus_1 = -121665 * pow(121666, -1, p) % p, pow(2, (p - 1) // 4, p)
 
-# Ed25519 verification, RFC 8032 section 5.1.7: points in extended coordinates (x, y, z, t).
-P, L = 2**255 - 19, 2**252 + 27742317777372353535851937790883648493
-D, I = -121665 * pow(121666, -1, P) % P, pow(2, (P - 1) // 4, P)
+def decode_point(encoded):
+    sign, y = divmod(int.from_bytes(encoded, "little"), 2**255)
+    root = pow((y * y - 1) * pow(d * y * y + 1, -1, p), (p + 3) // 8, p)
+    for x in (root, -root % p, root * sqrt_of_minus_1 % p, -root * sqrt_of_minus_1 % p):
+        if y < p and x % 2 == sign and (y * y - x * x - 1 - d * x * x * y * y) % p == 0:
+            return x, y
+    raise ValueError("a public key is no point of the curve")
 
+def add(P, Q):  # RFC 8032 section 3, with a = -1
+    (x1, y1), (x2, y2), product = P, Q, d * P[0] * Q[0] * P[1] * Q[1]
+    return (x1 * y2 + x2 * y1) * pow(1 + product, -1, p) % p, (y1 * y2 + x1 * x2) * pow(1 - product, -1, p) % p
 
-def point(b):
-    y = int.from_bytes(b, "little") & (1 << 255) - 1
-    x2 = (y * y - 1) * pow(D * y * y + 1, -1, P) % P
-    x = pow(x2, (P + 3) // 8, P)
-    x = x if x * x % P == x2 else x * I % P
-    need(x * x % P == x2, "a public key is not on the curve")
-    x = P - x if x & 1 != b[31] >> 7 else x
-    return x, y, 1, x * y % P
+def multiply(s, P):
+    Q = (0, 1)
+    for bit in bin(s)[2:]:
+        Q = add(Q, Q) if bit == "0" else add(add(Q, Q), P)
+    return Q
 
+def ed25519(public, message, signature):
+    R, S = signature[:32], int.from_bytes(signature[32:], "little")
+    k = int.from_bytes(hashlib.sha512(R + public + message).digest(), "little") % L
+    B, (x, y) = decode_point(b"\x58" + b"\x66" * 31), decode_point(public)
+    x, y = add(multiply(S % L, B), multiply(k, (-x, y)))  # [S]B - [k]A, which must be R
+    return len(signature) == 64 and S < L and R == (y + x % 2 * 2**255).to_bytes(32, "little")
 
-def add(p, q):
-    a, b = (p[1] - p[0]) * (q[1] - q[0]), (p[1] + p[0]) * (q[1] + q[0])
-    c, d = 2 * p[3] * q[3] * D, 2 * p[2] * q[2]
-    e, f, g, h = b - a, d - c, d + c, b + a
-    return e * f % P, g * h % P, f * g % P, e * h % P
-
-
-def multiply(n, p):
-    q = (0, 1, 1, 0)
-    while n:
-        q, p, n = add(q, p) if n & 1 else q, add(p, p), n >> 1
-    return q
-
-
-def ed25519(key, message, sig):
-    s = int.from_bytes(sig[32:], "little")
-    if len(sig) != 64 or s >= L:
-        return False
-    x, y, z, t = point(key)
-    k = int.from_bytes(hashlib.sha512(sig[:32] + key + message).digest(), "little") % L
-    x, y, z, _ = add(multiply(s, point(b"\x58" + b"\x66" * 31)), multiply(k, (-x, y, z, -t)))  # sB - kA must be R
-    x, y = x * pow(z, -1, P) % P, y * pow(z, -1, P) % P
-    return (y | (x & 1) << 255).to_bytes(32, "little") == sig[:32]
-
-
-# Encodings: one spelling for each value.
-def b64(s):
-    raw = base64.b64decode(s, validate=True)
-    need(base64.b64encode(raw).decode() == s, "base64 is not in canonical form")
-    return raw
-
-
-def url64(s):
-    need(re.fullmatch("[A-Za-z0-9_-]*", s), "malformed base64url")
-    return b64(s.replace("-", "+").replace("_", "/") + "=" * (-len(s) % 4))
-
-
-def hash64(s):
-    need(len(url64(s)) == 32, "malformed hash")
-    return url64(s)
-
-
-def number(s):
-    need(re.fullmatch("0|[1-9][0-9]{0,19}", s) and int(s) < 2**64, "malformed integer")
-    return int(s)
-
-
-def unique(pairs):
-    need(len(dict(pairs)) == len(pairs), "a JSON member stands twice")
-    return dict(pairs)
-
-
-def members(o, names):  # in this order; "?" marks the optional ones
-    want = [n.strip("?") for n in names.split() if n.strip("?") in o or "?" not in n]
-    need(isinstance(o, dict) and list(o) == want, "members are missing, unknown or out of order")
-    return o
-
-
-LEAVES = {
-    "decision": "id nonce ordinal origin time tenant? class verdict reason rule? status? tick? waited_ns? dry_run? policy capture "
-                "spiffe_id? route? cluster? trace_id? span_id? parent? request",
-    "outcome": "id nonce ordinal origin time source result status? upstream_status? flags? details? cluster? upstream_host? "
-               "attempts? bytes_in? bytes_out? duration_ns? cache_status? late?",
-    "header": "origin log_id instance incarnation seq kind prev time count root first last recovered? lost_from? lost_to?",
-    "key": "origin key predecessor? not_before not_after first_size first_root"}
-NUMBERS = "ordinal time seq count first last lost_from lost_to not_before not_after first_size".split()
-ID = r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-
-
-def leaf(text, kind):  # what is not looked at below is bound by the hash of the leaf
-    prefix = "knhk/%s/v1\n" % kind
-    need(text.startswith(prefix), "a leaf that is no " + kind)
-    o = members(json.loads(text[len(prefix):], object_pairs_hook=unique), LEAVES[kind])
-    need(json.dumps(o, ensure_ascii=False, separators=(",", ":")) == text[len(prefix):], "a leaf is not in canonical form")
-    need("id" not in o or re.fullmatch(ID, o["id"]), "malformed receipt id")
-    hashes = [n for n in ("request", "prev", "root", "first_root") if n in o]
-    o.update({n: number(o[n]) for n in NUMBERS if n in o}, **{n: hash64(o[n]) for n in hashes})
-    return o
-
-
-# Trees, keys, notes, proofs.
-def check_path(root, size, index, h, path):  # RFC 9162 section 2.1.3.2
-    need(index < size, "an index outside its tree")
-    fn, sn = index, size - 1
-    for p in path:
-        need(sn, "a path is too long")
-        if fn & 1 or fn == sn:
-            h = sha(b"\1", p, h)
-            while fn and not fn & 1:
-                fn, sn = fn >> 1, sn >> 1
-        else:
-            h = sha(b"\1", h, p)
-        fn, sn = fn >> 1, sn >> 1
-    need(sn == 0 and h == root, "a path does not lead to its root")
-
-
-def verifier(vkey):
+def read_key(vkey):  # name, key hash and public key of "name+hash+base64"
     name, key_hash, key = vkey.split("+", 2)
-    need(b64(key)[0] == 1 and len(b64(key)) == 33, "a key that is not Ed25519")
-    need(sha(name.encode(), b"\n", b64(key))[:4].hex() == key_hash, "a verifier key with a wrong hash")
-    return name, key_hash, b64(key)[1:]
+    key = unbase64(key)
+    need(len(key) == 33 and key[0] == 1, "a key that is not Ed25519")
+    need(sha256(name.encode() + b"\n" + key)[:4].hex() == key_hash, "a verifier key with a wrong hash")
+    return name, bytes.fromhex(key_hash), key[1:]
 
+def signed(note, vkey):  # the text of a signed note without its last newline, if vkey has signed it
+    name, key_hash, public = read_key(vkey)
+    text, _, lines = note.rpartition("\n\n")
+    for dash, signer, signature in (line.split(" ") for line in lines.strip("\n").split("\n")):
+        if (dash, signer, unbase64(signature)[:4]) == ("\u2014", name, key_hash):
+            need(ed25519(public, text.encode() + b"\n", unbase64(signature)[4:]), "a wrong signature by " + vkey)
+            return text
+    raise ValueError("not signed by " + vkey)
 
-def note(text):  # the text and {(name, key hash): signature}
-    body, _, lines = text.rpartition("\n\n")
-    need(body and lines.endswith("\n"), "malformed note")
-    sigs = {}
-    for line in lines[:-1].split("\n"):
-        dash, name, sig = line.split(" ")
-        key = name, b64(sig)[:4].hex()
-        need(dash == "\u2014" and key not in sigs, "malformed or repeated signature line")
-        sigs[key] = b64(sig)[4:]
-    return body + "\n", sigs
+def root_above(leaf_hash, index, size, path):  # the tree's root, by the definition in RFC 6962 section 2.1.1
+    need(0 <= index < size and (size > 1) == bool(path), "an index or a path that does not fit its tree")
+    if size == 1:
+        return leaf_hash
+    half = 1 << (size - 1).bit_length() - 1
+    if index < half:
+        return sha256(b"\1" + root_above(leaf_hash, index, half, path[:-1]) + path[-1])
+    return sha256(b"\1" + path[-1] + root_above(leaf_hash, index - half, size - half, path[:-1]))
 
+def check_place(leaf, index, size, path, root):
+    above = root_above(sha256(b"\0" + leaf.encode()), int(index), int(size), [unbase64(sibling) for sibling in path])
+    need(above == unbase64(root), "a leaf that is not in its tree")
 
-def signed(text, sigs, vkey):
-    name, key_hash, key = verifier(vkey)
-    return (name, key_hash) in sigs and ed25519(key, text.encode(), sigs[name, key_hash])
+def parse(leaf, kind):
+    need(leaf.startswith("knhk/%s/v1\n" % kind), "a leaf that is no " + kind)
+    return json.loads(leaf.partition("\n")[2])
 
+def check_evidence(evidence, decision):
+    hashed = b"knhk/commitment/v1\n" + unbase64(evidence["salt"]) + len(evidence["fields"]).to_bytes(8, "big")
+    for field in evidence["fields"]:
+        for tag, value in (b"\1", field["name"]), (b"\2", field["value"]):
+            value = unbase64(value["b64"]) if isinstance(value, dict) else value.encode()
+            hashed += tag + len(value).to_bytes(8, "big") + value
+    need(evidence["evidence"] == "knhk/evidence/v1" and evidence["id"] == decision["id"], "evidence of another receipt")
+    need(sha256(hashed) == unbase64(decision["request"]), "evidence does not open the decision's commitment")
 
-def proof(p):  # leaf, index, path, signed checkpoint
-    members(p, "leaf proof")
-    head, _, checkpoint = p["proof"].partition("\n\n")
-    title, index, *path = head.split("\n")
-    need(title == "c2sp.org/tlog-proof@v1" and index.startswith("index "), "malformed tlog-proof")
-    return p["leaf"], number(index[6:]), [b64(h) for h in path], checkpoint
+def verify(logs, bundle):
+    need(bundle["bundle"] == "knhk/bundle/v1" and bundle["records"] and bundle["keys"], "no bundle with records and keys")
+    checkpoint = bundle["keys"][0]["proof"].partition("\n\n")[2]
+    origin, size, root = checkpoint.split("\n")[:3]
+    need(origin in logs, "the policy has no log %r" % origin)
+    signed(checkpoint, logs[origin])
+    for proof in bundle["headers"] + bundle["keys"]:
+        lines, _, below = proof["proof"].partition("\n\n")
+        title, index, *path = lines.split("\n")
+        need(title == "c2sp.org/tlog-proof@v1" and index.startswith("index "), "not a tlog-proof")
+        need(below == checkpoint, "proofs under different checkpoints")
+        check_place(proof["leaf"], index[6:], size, path, root)
 
+    keys = [parse(signed(proof["leaf"], logs[origin]), "key") for proof in bundle["keys"]]
+    for key in keys:
+        name, _, public = read_key(key["key"])
+        need(key["origin"] == name == origin and public != read_key(logs[origin])[2], "not a daily key of this log")
+        need(0 < int(key["not_after"]) - int(key["not_before"]) <= 24 * 3600 * 10**9, "a daily key for more than 24 hours")
+    signed(checkpoint, keys[0]["key"])
 
-def read_policy(text):
+    headers = [parse(proof["leaf"], "header") for proof in bundle["headers"]]
+    records = []
+    for record in bundle["records"]:
+        entry, header = parse(record["leaf"], "outcome" if records else "decision"), headers[record["header"]]
+        index, ordinal, count = int(record["index"]), int(entry["ordinal"]), int(header["count"])
+        need(entry["origin"] == header["origin"] == origin, "a record or header of another log")
+        need(entry["id"].endswith("." + header["instance"]), "a record of another instance")
+        need(int(record["size"]) == count, "a block of another size")
+        check_place(record["leaf"], index, count, record["path"], header["root"])
+        need(int(header["first"]) + index <= ordinal <= int(header["last"]) - (count - 1 - index), "an ordinal out of place")
+        need(not records or entry["id"] == records[0]["id"] and ordinal > int(records[-1]["ordinal"]), "not this receipt's next record")
+        records.append(entry)
+    if "evidence" in bundle:
+        check_evidence(bundle["evidence"], records[0])
+    told = [records[0]["verdict"]] + ([outcome["result"] for outcome in records[1:]] or ["pending"])
+    return "verified %s: %s; log %s, %d entries" % (records[0]["id"], ", ".join(told), origin, int(size))
+
+def read_policy(text):  # {origin: verifier key}
     logs = {}
-    for word, *rest in filter(None, (line.partition("#")[0].split() for line in text.split("\n"))):
-        need(word == "log" or [word] + rest == ["quorum", "none"], "witnesses are not supported: use knhk verify")
-        if word == "log":
-            name = verifier(rest[0])[0]
-            need(name not in logs, "two identity keys for one log")
-            logs[name] = rest[0]
+    for words in filter(None, (line.partition("#")[0].split() for line in text.split("\n"))):
+        if words != ["quorum", "none"]:
+            need(words[0] == "log" and read_key(words[1])[0] not in logs, "more than one Ed25519 key for each log: use knhk verify")
+            logs[read_key(words[1])[0]] = words[1]
     need(logs, "no log line")
     return logs
 
-
-def check_keys(keys, origin, identity, text, sigs):
-    later = None
-    for stated, index, _, _ in keys:
-        body, lines = note(stated)
-        k = leaf(body[:-1], "key")
-        signers = [identity] + ([k["predecessor"]] if "predecessor" in k else [])
-        need(k["origin"] == origin and all(verifier(v)[0] == origin for v in signers + [k["key"]]), "a key of another log")
-        need(len({verifier(v)[2] for v in signers + [k["key"]]}) == len(signers) + 1, "one key in two roles")
-        need(len(lines) == len(signers) and all(signed(body, lines, v) for v in signers), "a key statement is not signed")
-        need(0 < k["not_after"] - k["not_before"] <= 86400 * 10**9, "a key statement for more than a day")
-        need(k["first_size"] <= index and (k["first_size"] or k["first_root"] == sha()), "a key statement in a wrong place")
-        if later is None:
-            need(signed(text, sigs, k["key"]), "the daily key did not sign the checkpoint")
-            first = k
-        else:
-            need(later[0].get("predecessor") == k["key"], "a key statement that is not the predecessor's")
-            need(index < later[1] and k["not_before"] <= later[0]["not_before"], "key statements out of order")
-            need(k["first_size"] < later[0]["first_size"] or [k[n] for n in ("first_size", "first_root")] ==
-                 [later[0][n] for n in ("first_size", "first_root")], "key statements disagree")
-        later = k, index
-    return first
-
-
-def check_headers(headers, origin, daily):
-    blocks = []
-    for h in (leaf(p[0], "header") for p in headers):
-        need(h["origin"] == origin and h["kind"] in ("block", "final") and h["seq"] and any(h["prev"]), "not a block of this log")
-        need(h["count"] and h["last"] - h["first"] >= h["count"] - 1, "a header whose records do not fit its ordinals")
-        h["lost"] = h.get("lost_from", 0), h.get("lost_to", 0)
-        need(h["lost"][0] < h["lost"][1] or "lost_from" not in h and "lost_to" not in h, "malformed lost range")
-        need(h["time"] <= daily["not_after"] + MAX_SKEW, "a block closed after the daily key's end")
-        for o in blocks:
-            need((o["log_id"], o["instance"]) == (h["log_id"], h["instance"]), "headers of different recorders")
-            need((o["incarnation"], o["seq"]) != (h["incarnation"], h["seq"]), "two headers with one sequence number")
-            need(o["last"] < h["first"] or h["last"] < o["first"], "headers with ordinals in common")
-        blocks.append(h)
-    return blocks
-
-
-def check_evidence(e, decision):
-    text = lambda v: v.encode() if isinstance(v, str) else url64(v["b64"])
-    hashed = [b"knhk/commitment/v1\n", hash64(e["salt"]), len(e["fields"]).to_bytes(8, "big")]
-    for f in e["fields"]:
-        members(f, "name value")
-        for tag, v in ((b"\1", text(f["name"])), (b"\2", text(f["value"]))):
-            hashed += [tag, len(v).to_bytes(8, "big"), v]
-    need(members(e, "evidence id salt fields")["evidence"] == "knhk/evidence/v1", "unknown kind of evidence")
-    need(e["id"] == decision["id"] and sha(*hashed) == decision["request"], "evidence does not open the commitment")
-
-
-def verify(logs, data):
-    need(len(data) <= 1 << 20, "more than 1 MiB")
-    b = members(json.loads(data.decode(), object_pairs_hook=unique), "bundle records headers keys evidence?")
-    need(b["bundle"] == "knhk/bundle/v1", "is no knhk/bundle/v1")
-    need(0 < len(b["records"]) <= 3 and 0 < len(b["headers"]) <= 8 and 0 < len(b["keys"]) <= 64, "too few or too many parts")
-    headers, keys = [proof(p) for p in b["headers"]], [proof(p) for p in b["keys"]]
-    need(len({p[3] for p in headers + keys}) == 1, "proofs under different checkpoints")
-    text, sigs = note(headers[0][3])
-    origin, size, root = text.split("\n")[:3]
-    need(origin in logs, "the policy has no log " + repr(origin))
-    need(signed(text, sigs, logs[origin]), "the identity key did not sign the checkpoint")
-    for stated, index, path, _ in headers + keys:
-        check_path(b64(root), number(size), index, sha(b"\0", stated.encode()), path)
-    blocks = check_headers(headers, origin, check_keys(keys, origin, logs[origin], text, sigs))
-
-    records = []
-    for r in b["records"]:
-        o = leaf(members(r, "leaf header index size path")["leaf"], "outcome" if records else "decision")
-        need(type(r["header"]) is int and 0 <= r["header"] < len(blocks), "a record without a header")
-        h, index = blocks[r["header"]], number(r["index"])
-        need(number(r["size"]) == h["count"], "a block of another size")
-        check_path(h["root"], h["count"], index, sha(b"\0", r["leaf"].encode()), [hash64(p) for p in r["path"]])
-        need(o["origin"] == origin and o["id"][37:] == h["instance"], "a record of another log or instance")
-        need(o["ordinal"] - h["first"] >= index and h["last"] - o["ordinal"] >= h["count"] - 1 - index, "an ordinal out of place")
-        need(not any(g["lost"][0] <= o["ordinal"] < g["lost"][1] for g in blocks), "an ordinal that is declared lost")
-        need(o["time"] <= h["time"] + MAX_SKEW, "a record later than its block")
-        need(re.fullmatch("[a-z0-9_]+", o["result"] if records else o["verdict"]), "a malformed word")
-        need(not records or o["id"] == records[0]["id"], "records of different receipts")
-        need(not records or o["ordinal"] > records[-1]["ordinal"], "records out of order")
-        records.append(o)
-    need({r["header"] for r in b["records"]} == set(range(len(blocks))), "a header without records")
-    need(len(records) < 3 or "late" in records[2] and "late" not in records[1] and records[1]["result"] == "unknown", "two outcomes")
-    if "evidence" in b:
-        check_evidence(b["evidence"], records[0])
-    became = ", ".join(o["result"] for o in records[1:]) or "pending"
-    return "verified %s: %s, %s; log %s, %s entries" % (records[0]["id"], records[0]["verdict"], became, origin, size)
-
-
 def main(args):
-    if len(args) < 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    malformed = OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError
     try:
-        with open(args[0], encoding="utf-8") as f:
-            logs = read_policy(f.read())
-    except (Refused,) + malformed as e:
-        print("policy %s: %s" % (args[0], e), file=sys.stderr)
+        need(len(args) > 1, __doc__)
+        logs = read_policy(pathlib.Path(args[0]).read_text("utf-8"))
+    except Exception as error:
+        print(error, file=sys.stderr)
         return 2
     status = 0
     for name in args[1:]:
         try:
-            with open(name, "rb") as f:
-                print("%s: %s" % (name, verify(logs, f.read((1 << 20) + 1))))
-        except (Refused,) + malformed as e:
-            status = 1
-            print("%s: refused: %s" % (name, e if isinstance(e, Refused) else "malformed: %r" % e))
+            line = verify(logs, json.loads(pathlib.Path(name).read_text("utf-8")))
+        except Exception as error:  # what cannot be read is refused
+            line, status = "refused: %r" % error, 1
+        print("%s: %s" % (name, line.encode("unicode_escape").decode()))
     return status
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

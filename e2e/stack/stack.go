@@ -60,10 +60,10 @@ type Stack struct {
 	Knhk     *harness.Process
 	Envoy    *harness.Envoy
 
-	env     []string
-	origin  string
-	keyURI  func(label string) string
-	starts  int
+	env    []string
+	origin string
+	keyURI func(label string) string
+	starts int
 }
 
 var build = sync.OnceValues(func() (string, error) {

@@ -258,7 +258,7 @@ func TestFsckNames(t *testing.T) {
 
 func headerCount(t *testing.T, s *store, n uint64) uint64 {
 	t.Helper()
-	h, _, ok, err := s.parseHeaderAt(n)
+	h, ok, err := s.parseHeaderAt(n)
 	if err != nil || !ok {
 		t.Fatal(ok, err)
 	}

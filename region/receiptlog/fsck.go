@@ -233,7 +233,7 @@ func (a *audit) block(n uint64, h *receipt.Header) {
 			continue
 		}
 		// Ordinals are dense, but for those a machine crash lost: a recovered block may span such a range.
-		if ordinal != next && !(h.Recovered && ordinal > next) {
+		if ordinal != next && (!h.Recovered || ordinal < next) {
 			a.problem(fmt.Sprintf("%s record %d", where, i), "has ordinal %d, want %d", ordinal, next)
 		}
 		next = ordinal + 1
@@ -316,7 +316,7 @@ func (a *audit) daily(raw []byte) {
 
 // unlogged checks a committed block that the signed checkpoint does not cover: its records must be there all the same.
 func (a *audit) unlogged(n uint64) {
-	h, _, ok, err := a.store.parseHeaderAt(n)
+	h, ok, err := a.store.parseHeaderAt(n)
 	if err != nil || !ok {
 		return // named by indexBlocks
 	}

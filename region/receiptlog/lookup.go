@@ -305,7 +305,7 @@ func (l *Log) List(ctx context.Context, limit int, before string) ([]Summary, er
 		if n-1 > start {
 			continue
 		}
-		h, _, ok, err := l.store.parseHeaderAt(n - 1)
+		h, ok, err := l.store.parseHeaderAt(n - 1)
 		if err != nil {
 			return nil, err
 		}
@@ -369,7 +369,7 @@ func (l *Log) Export(ctx context.Context, evidence bool) iter.Seq2[[]byte, error
 			yield(nil, err)
 			return
 		}
-		for n := uint64(0); n < l.blocks.Load(); n++ {
+		for n := range l.blocks.Load() {
 			idx, known, err := l.store.index(n)
 			if err != nil {
 				yield(nil, err)
@@ -378,15 +378,15 @@ func (l *Log) Export(ctx context.Context, evidence bool) iter.Seq2[[]byte, error
 			if !known || idx >= p.cp.size {
 				return
 			}
-			if !l.exportBlock(ctx, p, n, evidence, yield) {
+			if !l.exportBlock(p, n, evidence, yield) {
 				return
 			}
 		}
 	}
 }
 
-func (l *Log) exportBlock(ctx context.Context, p *prover, n uint64, evidence bool, yield func([]byte, error) bool) bool {
-	h, _, ok, err := l.store.parseHeaderAt(n)
+func (l *Log) exportBlock(p *prover, n uint64, evidence bool, yield func([]byte, error) bool) bool {
+	h, ok, err := l.store.parseHeaderAt(n)
 	if err != nil || !ok {
 		return yield(nil, errors.Join(err, fmt.Errorf("export: block %d is missing or damaged: run knhk fsck", n))) && false
 	}
@@ -553,7 +553,7 @@ func (l *Log) tree(n uint64) (*receipt.Tree, error) {
 	if t, ok := l.trees.Get(n); ok {
 		return t, nil
 	}
-	h, _, ok, err := l.store.parseHeaderAt(n)
+	h, ok, err := l.store.parseHeaderAt(n)
 	if err != nil || !ok {
 		return nil, errors.Join(err, fmt.Errorf("block %d is missing", n))
 	}
@@ -631,7 +631,7 @@ func logLeaves(ctx context.Context, r bundleReader, from, size uint64) iter.Seq2
 func (l *Log) Receipts() (uint64, error) {
 	var records uint64
 	for n := range l.blocks.Load() {
-		h, _, ok, err := l.store.parseHeaderAt(n)
+		h, ok, err := l.store.parseHeaderAt(n)
 		if err != nil {
 			return 0, err
 		}

@@ -231,14 +231,13 @@ func (l *Log) putRecords(batch *pebble.Batch, b *block) error {
 			}
 			continue
 		}
-		switch {
-		case r.ref.block == b.n:
+		if r.ref.block == b.n {
 			answered[r.ref.pos] = true
-		default:
-			errs = append(errs, batch.Delete(uuidKey(kPending, r.uuid), nil))
-			if b.n-r.ref.block > farBlocks {
-				errs = append(errs, batch.Set(binary.BigEndian.AppendUint64(uuidKey(kOutcome, r.uuid), b.n), nil, nil))
-			}
+			continue
+		}
+		errs = append(errs, batch.Delete(uuidKey(kPending, r.uuid), nil))
+		if b.n-r.ref.block > farBlocks {
+			errs = append(errs, batch.Set(binary.BigEndian.AppendUint64(uuidKey(kOutcome, r.uuid), b.n), nil, nil))
 		}
 	}
 	for i := range b.recs {

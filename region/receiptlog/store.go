@@ -239,14 +239,13 @@ func (s *store) records(n, count uint64) ([][]byte, error) {
 }
 
 // parseHeaderAt reads and parses the header of block n; ok is false when there is no such block.
-func (s *store) parseHeaderAt(n uint64) (h *receipt.Header, leaf []byte, ok bool, err error) {
-	leaf, err = s.header(n)
+func (s *store) parseHeaderAt(n uint64) (h *receipt.Header, ok bool, err error) {
+	leaf, err := s.header(n)
 	if err != nil || leaf == nil {
-		return nil, nil, false, err
+		return nil, false, err
 	}
-	h, err = receipt.ParseHeader(leaf)
-	if err != nil {
-		return h, leaf, true, fmt.Errorf("block %d: %w", n, err)
+	if h, err = receipt.ParseHeader(leaf); err != nil {
+		return nil, true, fmt.Errorf("block %d: %w", n, err)
 	}
-	return h, leaf, true, nil
+	return h, true, nil
 }

@@ -188,6 +188,7 @@ func TestAssemble(t *testing.T) {
 		{"declared lost, then the same boot id after all", []scanned{
 			seg(1, 0, 1, 1, 10, "a", func(s *scanned) { s.lost = true }),
 		}, "a", 110, []Range{{10, 110}}, false},
+		{"released beyond the end", []scanned{seg(1, 0, 1, 1, 10, "a", released(11))}, "a", 0, nil, true},
 		{"nothing readable", []scanned{blank(1), blank(2)}, "a", 0, nil, true},
 		{"no segment at all", nil, "a", 0, nil, true},
 	} {

@@ -187,7 +187,7 @@ func TestReserve(t *testing.T) {
 	cfg.MaxBytes, cfg.ReserveBytes = 64<<10, 20<<10
 	w := mustOpen(t, cfg)
 	fill := func(urgent bool) (n int) {
-		for {
+		for n < 200 {
 			must(t, w.Prepare())
 			_, err := w.Append(wal.Written, urgent, func(uint64) []byte { return make([]byte, 1000) })
 			if errors.Is(err, wal.ErrFull) {
@@ -196,6 +196,7 @@ func TestReserve(t *testing.T) {
 			must(t, err)
 			n++
 		}
+		return n
 	}
 	normal := fill(false)
 	if free := w.Stats().Free; free < cfg.ReserveBytes {
@@ -234,7 +235,7 @@ func TestFullAtOpen(t *testing.T) {
 		if r := w.Recovered(); r.First != 1 || r.Next < next {
 			t.Fatalf("restart %d: %+v", i, r)
 		}
-		for {
+		for range 200 {
 			must(t, w.Prepare())
 			ticket, err := w.Append(wal.Durable, true, func(uint64) []byte { return make([]byte, 1000) })
 			if err != nil {
@@ -267,7 +268,7 @@ func TestCeiling(t *testing.T) {
 	cfg.Ahead = 32
 	w := mustOpen(t, cfg)
 	fill := func(urgent bool) (n int) {
-		for {
+		for n < 200 {
 			_, err := w.Append(wal.Written, urgent, record)
 			if errors.Is(err, wal.ErrFull) {
 				return n
@@ -275,6 +276,7 @@ func TestCeiling(t *testing.T) {
 			must(t, err)
 			n++
 		}
+		return n
 	}
 	if n := fill(false); n != 28 {
 		t.Errorf("others took %d of 32 numbers, want 28", n)
@@ -313,7 +315,7 @@ func TestDiskFull(t *testing.T) {
 		fs.SetHook(full)
 		stop := run(t, w)
 		synctest.Wait()
-		for {
+		for range 1000 {
 			if _, err := w.Append(wal.Durable, true, record); err != nil {
 				if !errors.Is(err, wal.ErrFull) {
 					t.Fatal(err)

@@ -1,5 +1,5 @@
 // Package admin serves the people and tools that run knhk: receipts over Connect (gRPC, gRPC-Web and JSON over HTTP),
-// /metrics, /livez and /readyz.
+// /metrics, /livez, /readyz, /policy (the policy file of the log) and Go's profiles under /debug/pprof/.
 //
 // It promises to be read-only: nothing here changes what is admitted or recorded. It authenticates nobody: server lets it
 // listen on loopback addresses and unix sockets only. It starts nothing; server serves the Handler.
@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/pprof"
 
 	"connectrpc.com/connect"
 
@@ -46,6 +47,9 @@ func New(cfg Config) http.Handler {
 		}
 		fmt.Fprintln(w, "ok")
 	})
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	mux.HandleFunc("GET /policy", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		w.Write(cfg.Log.Policy())

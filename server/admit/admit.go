@@ -133,14 +133,14 @@ func (p *Pipeline) Plan(route string) extproc.Plan {
 // Admit decides and records; it blocks while the request is parked and until the decision has reached its class's level.
 func (p *Pipeline) Admit(ctx context.Context, req *policy.Request) policy.Decision {
 	start := p.now()
-	d := p.decide(ctx, req, start)
+	d := p.decide(ctx, req)
 	if !d.Excluded {
 		p.meter.Decided(d, p.now().Sub(start))
 	}
 	return d
 }
 
-func (p *Pipeline) decide(ctx context.Context, req *policy.Request, start time.Time) policy.Decision {
+func (p *Pipeline) decide(ctx context.Context, req *policy.Request) policy.Decision {
 	r := p.rules.Load()
 	route := r.cfg.Route(req.Route)
 	if route.Exclude {

@@ -227,13 +227,12 @@ func toJSON(r *adminv1.Receipt) recordJSON {
 }
 
 func summaryLine(r *adminv1.Receipt) string {
-	d, o := &receipt.Decision{}, &receipt.Outcome{}
+	d := &receipt.Decision{}
 	if p, err := receipt.ParseDecision([]byte(receipt.DecisionPrefix + r.GetDecision())); err == nil {
 		d = p
 	}
 	status, result := "-", "pending"
-	if p, err := receipt.ParseOutcome([]byte(receipt.OutcomePrefix + r.GetOutcome())); err == nil {
-		o = p
+	if o, err := receipt.ParseOutcome([]byte(receipt.OutcomePrefix + r.GetOutcome())); err == nil {
 		status, result = fmt.Sprint(o.Status), o.Result
 	}
 	return fmt.Sprintf("%-45s %-8s %-5s %-7s %-16s %-6s %s", r.GetId(), r.GetState(), d.Class, d.Verdict, d.Reason, status, result)
