@@ -1,22 +1,17 @@
 #!/usr/bin/env python3
-"""Verifies knhk receipt bundles with the Python standard library alone; it shares no code with knhk.
+"""Verifies knhk receipt bundles with the Python standard library alone: verify.py POLICY BUNDLE...
 
-usage: verify.py POLICY BUNDLE...
-
-Prints one line for each bundle; exits with 0 when all verify, 1 when one does not, 2 for wrong usage or a policy it cannot read.
-The formats are C2SP signed-note, tlog-checkpoint and tlog-proof and those of the Go package crypto/receipt. It leaves to "knhk
-verify", and so may accept what that refuses: other spellings of a value and values that no recorder writes, the number and use of
-parts, the order of times, what a key statement says of its predecessor and of the log before it, which outcomes may follow one
-another, and whether headers agree on recorder, sequence and ordinals; it knows no witnesses and no keys but Ed25519.
+It shares no code with knhk. It prints one line for each bundle and exits with 0 when all verify, 1 when one does not, 2 for wrong usage
+or a policy it cannot read. The formats are C2SP signed-note, tlog-checkpoint and tlog-proof, and what the Go package crypto/receipt
+says. It leaves to "knhk verify", and so may accept what that refuses: other spellings of a value and values that no recorder writes,
+parts that are too many or of no use, the order of times, what a daily key's statement says of its predecessor and of the log before it,
+which outcomes may follow one another, whether headers agree on recorder, sequence and ordinals, witnesses, and keys but Ed25519.
 """
 import base64, hashlib, json, pathlib, sys
 
 def need(ok, why):
     if not ok:
         raise ValueError(why)
-
-def sha256(data):
-    return hashlib.sha256(data).digest()
 
 def unbase64(text):  # standard, or base64url without padding
     return base64.b64decode(text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4), validate=True)
@@ -53,44 +48,39 @@ def ed25519(public, message, signature):
 def read_key(vkey):  # name, key hash and public key of "name+hash+base64"
     name, key_hash, key = vkey.split("+", 2)
     key = unbase64(key)
-    need(len(key) == 33 and key[0] == 1, "a key that is not Ed25519")
-    need(sha256(name.encode() + b"\n" + key)[:4].hex() == key_hash, "a verifier key with a wrong hash")
+    hashed = hashlib.sha256(name.encode() + b"\n" + key).hexdigest()
+    need(len(key) == 33 and key[0] == 1 and hashed[:8] == key_hash, "not a verifier key for Ed25519: " + vkey)
     return name, bytes.fromhex(key_hash), key[1:]
 
 def signed(note, vkey):  # the text of a signed note without its last newline, if vkey has signed it
     name, key_hash, public = read_key(vkey)
     text, _, lines = note.rpartition("\n\n")
-    for dash, signer, signature in (line.split(" ") for line in lines.strip("\n").split("\n")):
-        if (dash, signer, unbase64(signature)[:4]) == ("\u2014", name, key_hash):
-            need(ed25519(public, text.encode() + b"\n", unbase64(signature)[4:]), "a wrong signature by " + vkey)
-            return text
-    raise ValueError("not signed by " + vkey)
+    signatures = [unbase64(line.split(" ")[2]) for line in lines.split("\n") if line.startswith("\u2014 %s " % name)]
+    need(any(s[:4] == key_hash and ed25519(public, text.encode() + b"\n", s[4:]) for s in signatures), "not signed by " + vkey)
+    return text
 
-def root_above(leaf_hash, index, size, path):  # the tree's root, by the definition in RFC 6962 section 2.1.1
+def root_above(leaf, index, size, path):  # the tree's root, as RFC 6962 section 2.1.1 defines it
     need(0 <= index < size and (size > 1) == bool(path), "an index or a path that does not fit its tree")
     if size == 1:
-        return leaf_hash
-    half = 1 << (size - 1).bit_length() - 1
+        return hashlib.sha256(b"\0" + leaf.encode()).digest()
+    half, sibling = 1 << (size - 1).bit_length() - 1, unbase64(path[-1])
     if index < half:
-        return sha256(b"\1" + root_above(leaf_hash, index, half, path[:-1]) + path[-1])
-    return sha256(b"\1" + path[-1] + root_above(leaf_hash, index - half, size - half, path[:-1]))
-
-def check_place(leaf, index, size, path, root):
-    above = root_above(sha256(b"\0" + leaf.encode()), int(index), int(size), [unbase64(sibling) for sibling in path])
-    need(above == unbase64(root), "a leaf that is not in its tree")
+        return hashlib.sha256(b"\1" + root_above(leaf, index, half, path[:-1]) + sibling).digest()
+    return hashlib.sha256(b"\1" + sibling + root_above(leaf, index - half, size - half, path[:-1])).digest()
 
 def parse(leaf, kind):
     need(leaf.startswith("knhk/%s/v1\n" % kind), "a leaf that is no " + kind)
     return json.loads(leaf.partition("\n")[2])
 
 def check_evidence(evidence, decision):
-    hashed = b"knhk/commitment/v1\n" + unbase64(evidence["salt"]) + len(evidence["fields"]).to_bytes(8, "big")
+    salt = unbase64(evidence["salt"])
+    hashed = hashlib.sha256(b"knhk/commitment/v1\n" + salt + len(evidence["fields"]).to_bytes(8, "big"))
     for field in evidence["fields"]:
         for tag, value in (b"\1", field["name"]), (b"\2", field["value"]):
             value = unbase64(value["b64"]) if isinstance(value, dict) else value.encode()
-            hashed += tag + len(value).to_bytes(8, "big") + value
+            hashed.update(tag + len(value).to_bytes(8, "big") + value)
     need(evidence["evidence"] == "knhk/evidence/v1" and evidence["id"] == decision["id"], "evidence of another receipt")
-    need(sha256(hashed) == unbase64(decision["request"]), "evidence does not open the decision's commitment")
+    need(len(salt) == 32 and hashed.digest() == unbase64(decision["request"]), "evidence does not open the decision's commitment")
 
 def verify(logs, bundle):
     need(bundle["bundle"] == "knhk/bundle/v1" and bundle["records"] and bundle["keys"], "no bundle with records and keys")
@@ -101,51 +91,41 @@ def verify(logs, bundle):
     for proof in bundle["headers"] + bundle["keys"]:
         lines, _, below = proof["proof"].partition("\n\n")
         title, index, *path = lines.split("\n")
-        need(title == "c2sp.org/tlog-proof@v1" and index.startswith("index "), "not a tlog-proof")
-        need(below == checkpoint, "proofs under different checkpoints")
-        check_place(proof["leaf"], index[6:], size, path, root)
-
-    keys = [parse(signed(proof["leaf"], logs[origin]), "key") for proof in bundle["keys"]]
-    for key in keys:
-        name, _, public = read_key(key["key"])
-        need(key["origin"] == name == origin and public != read_key(logs[origin])[2], "not a daily key of this log")
-        need(0 < int(key["not_after"]) - int(key["not_before"]) <= 24 * 3600 * 10**9, "a daily key for more than 24 hours")
-    signed(checkpoint, keys[0]["key"])
-
-    headers = [parse(proof["leaf"], "header") for proof in bundle["headers"]]
+        need((title, index[:6], below) == ("c2sp.org/tlog-proof@v1", "index ", checkpoint), "no tlog-proof for the one checkpoint")
+        need(root_above(proof["leaf"], int(index[6:]), int(size), path) == unbase64(root), "a leaf that is not in the log")
+    key = parse(signed(bundle["keys"][0]["leaf"], logs[origin]), "key")
+    name, _, public = read_key(key["key"])
+    need(key["origin"] == name == origin and public != read_key(logs[origin])[2], "not a daily key of this log")
+    need(0 < int(key["not_after"]) - int(key["not_before"]) <= 24 * 3600 * 10**9, "a daily key for more than 24 hours")
+    signed(checkpoint, key["key"])
     records = []
     for record in bundle["records"]:
-        entry, header = parse(record["leaf"], "outcome" if records else "decision"), headers[record["header"]]
-        index, ordinal, count = int(record["index"]), int(entry["ordinal"]), int(header["count"])
-        need(entry["origin"] == header["origin"] == origin, "a record or header of another log")
-        need(entry["id"].endswith("." + header["instance"]), "a record of another instance")
+        entry = parse(record["leaf"], "outcome" if records else "decision")
+        header = parse(bundle["headers"][record["header"]]["leaf"], "header")
+        index, count, ordinal = int(record["index"]), int(header["count"]), int(entry["ordinal"])
         need(int(record["size"]) == count, "a block of another size")
-        check_place(record["leaf"], index, count, record["path"], header["root"])
+        need(root_above(record["leaf"], index, count, record["path"]) == unbase64(header["root"]), "a record that is not in its block")
         need(int(header["first"]) + index <= ordinal <= int(header["last"]) - (count - 1 - index), "an ordinal out of place")
+        need(entry["origin"] == header["origin"] == origin, "a record or header of another log")
         need(not records or entry["id"] == records[0]["id"] and ordinal > int(records[-1]["ordinal"]), "not this receipt's next record")
         records.append(entry)
     if "evidence" in bundle:
         check_evidence(bundle["evidence"], records[0])
-    told = [records[0]["verdict"]] + ([outcome["result"] for outcome in records[1:]] or ["pending"])
-    return "verified %s: %s; log %s, %d entries" % (records[0]["id"], ", ".join(told), origin, int(size))
-
-def read_policy(text):  # {origin: verifier key}
-    logs = {}
-    for words in filter(None, (line.partition("#")[0].split() for line in text.split("\n"))):
-        if words != ["quorum", "none"]:
-            need(words[0] == "log" and read_key(words[1])[0] not in logs, "more than one Ed25519 key for each log: use knhk verify")
-            logs[read_key(words[1])[0]] = words[1]
-    need(logs, "no log line")
-    return logs
+    became = ", ".join(outcome["result"] for outcome in records[1:]) or "pending"
+    return "verified %s: %s, %s; log %s, %d entries" % (records[0]["id"], records[0]["verdict"], became, origin, int(size))
 
 def main(args):
+    logs, status = {}, 0  # {origin: verifier key}
     try:
         need(len(args) > 1, __doc__)
-        logs = read_policy(pathlib.Path(args[0]).read_text("utf-8"))
+        for words in (line.partition("#")[0].split() for line in pathlib.Path(args[0]).read_text("utf-8").split("\n")):
+            if words not in ([], ["quorum", "none"]):
+                need(words[0] == "log" and read_key(words[1])[0] not in logs, "not one Ed25519 key for each log: use knhk verify")
+                logs[read_key(words[1])[0]] = words[1]
+        need(logs, "no log line")
     except Exception as error:
         print(error, file=sys.stderr)
         return 2
-    status = 0
     for name in args[1:]:
         try:
             line = verify(logs, json.loads(pathlib.Path(name).read_text("utf-8")))
@@ -154,5 +134,4 @@ def main(args):
         print("%s: %s" % (name, line.encode("unicode_escape").decode()))
     return status
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))

@@ -98,6 +98,7 @@ type Log struct {
 	decisions atomic.Uint64
 	blocks    atomic.Uint64 // blocks written, all incarnations
 	counts    counts
+	followed  atomic.Bool // subscribers is not empty
 
 	// mu guards what follows. It is taken inside the WAL's append lock, so records enter open in the order of their ordinals.
 	mu          sync.Mutex
@@ -110,7 +111,8 @@ type Log struct {
 	crashed [][16]byte // those that a crash left; Run records their outcome
 
 	// chain is owned by the sealer: Open, then Run, then Close.
-	chain chain
+	chain     chain
+	lastBlock struct{ bytes, recs int }
 	// added is the number of the next block whose header is not in the log yet. Owned by the publisher: Open, Run, Close.
 	added uint64
 	wake  chan struct{} // a block was committed
@@ -440,20 +442,22 @@ func (l *Log) Subscribe(ch chan<- Event) (cancel func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.subscribers[ch] = struct{}{}
+	l.followed.Store(true)
 	return func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		delete(l.subscribers, ch)
+		l.followed.Store(len(l.subscribers) > 0)
 	}
 }
 
 func (l *Log) publish(event func() Event) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if len(l.subscribers) == 0 {
+	if !l.followed.Load() {
 		return
 	}
 	e := event()
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	for ch := range l.subscribers {
 		select {
 		case ch <- e:

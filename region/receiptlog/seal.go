@@ -116,6 +116,9 @@ type headerExtra struct {
 // A crash before the commit leaves the records in the WAL, to be sealed by the recovery; a crash after it leaves a header
 // that the next start adds to the log, byte for byte.
 func (l *Log) seal(ctx context.Context, kind string, x headerExtra) error {
+	// Made outside the lock, as large as the last one was: growing it would copy megabytes while requests wait.
+	next := newBlock(0)
+	next.buf, next.recs = make([]byte, 0, l.lastBlock.bytes), make([]rec, 0, l.lastBlock.recs)
 	l.mu.Lock()
 	if l.sealing != nil {
 		l.mu.Unlock()
@@ -130,7 +133,8 @@ func (l *Log) seal(ctx context.Context, kind string, x headerExtra) error {
 		return l.seal(ctx, kind, x)
 	}
 	l.sealing = b
-	l.open = newBlock(b.n + 1)
+	l.open = next
+	next.n = b.n + 1
 	l.mu.Unlock()
 	if err := l.commitBlock(ctx, b, kind, x); err != nil {
 		l.fail(err)
@@ -139,6 +143,7 @@ func (l *Log) seal(ctx context.Context, kind string, x headerExtra) error {
 	l.mu.Lock()
 	l.sealing = nil
 	l.mu.Unlock()
+	l.lastBlock.bytes, l.lastBlock.recs = len(b.buf)*5/4, len(b.recs)*5/4
 	select {
 	case l.wake <- struct{}{}:
 	default:

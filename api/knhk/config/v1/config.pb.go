@@ -592,7 +592,8 @@ type Log struct {
 	OutcomeTimeout *durationpb.Duration `protobuf:"bytes,4,opt,name=outcome_timeout,json=outcomeTimeout,proto3" json:"outcome_timeout,omitempty"`
 	// Size of one preallocated WAL segment in MiB. Default 64; 1 to 1024.
 	WalSegmentMib uint32 `protobuf:"varint,5,opt,name=wal_segment_mib,json=walSegmentMib,proto3" json:"wal_segment_mib,omitempty"`
-	// Disk the WAL may take in MiB before requests are refused. Default 1024; at least three segments.
+	// Disk the WAL may take in MiB before requests are refused. Default 1024; at least three segments, at most 3072. It also
+	// bounds the memory that records take until their block is committed.
 	WalMaxMib     uint32 `protobuf:"varint,6,opt,name=wal_max_mib,json=walMaxMib,proto3" json:"wal_max_mib,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1315,7 +1316,7 @@ const file_knhk_config_v1_config_proto_rawDesc = "" +
 	"\rdaily_max_age\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x04\b\x80\xa3\x05*\x00R\vdailyMaxAge\"c\n" +
 	"\x03Key\x12\x19\n" +
 	"\x03uri\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x03uri\x12A\n" +
-	"\talgorithm\x18\x02 \x01(\x0e2\x19.knhk.config.v1.AlgorithmB\b\xbaH\x05\x82\x01\x02\x10\x01R\talgorithm\"\x9e\x03\n" +
+	"\talgorithm\x18\x02 \x01(\x0e2\x19.knhk.config.v1.AlgorithmB\b\xbaH\x05\x82\x01\x02\x10\x01R\talgorithm\"\x9d\x03\n" +
 	"\x03Log\x12K\n" +
 	"\n" +
 	"seal_every\x18\x01 \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x02\b<2\x05\x10\x80\xc2\xd7/R\tsealEvery\x12M\n" +
@@ -1323,8 +1324,8 @@ const file_knhk_config_v1_config_proto_rawDesc = "" +
 	"\theartbeat\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\x0f\xbaH\f\xaa\x01\t\"\x03\b\x90\x1c2\x02\b\x01R\theartbeat\x12T\n" +
 	"\x0foutcome_timeout\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n" +
 	"\"\x04\b\x80\xf5$2\x02\b\x01R\x0eoutcomeTimeout\x120\n" +
-	"\x0fwal_segment_mib\x18\x05 \x01(\rB\b\xbaH\x05*\x03\x18\x80\bR\rwalSegmentMib\x12)\n" +
-	"\vwal_max_mib\x18\x06 \x01(\rB\t\xbaH\x06*\x04\x18\x80\x80@R\twalMaxMib\"\xa0\x01\n" +
+	"\x0fwal_segment_mib\x18\x05 \x01(\rB\b\xbaH\x05*\x03\x18\x80\bR\rwalSegmentMib\x12(\n" +
+	"\vwal_max_mib\x18\x06 \x01(\rB\b\xbaH\x05*\x03\x18\x80\x18R\twalMaxMib\"\xa0\x01\n" +
 	"\x04Beat\x12B\n" +
 	"\x05cycle\x18\x01 \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x02\b\b2\x05\x10\x80\xa4\xe8\x03R\x05cycle\x12)\n" +
 	"\x02r1\x18\x02 \x01(\v2\x19.knhk.config.v1.ClassBeatR\x02r1\x12)\n" +
