@@ -2,11 +2,10 @@
 """Verifies knhk receipt bundles with the Python standard library alone: verify.py POLICY BUNDLE...
 
 It shares no code with knhk. It prints one line for each bundle and exits with 0 when all verify, 1 when one does not, 2 for wrong usage
-or a policy it cannot read. The formats are C2SP signed-note, tlog-checkpoint and tlog-proof, and what the Go package crypto/receipt
-says. It leaves to "knhk verify", and so may accept what that refuses: other spellings of a value and values that no recorder writes,
-parts that are too many or of no use, the order of times, what a daily key's statement says of its predecessor and of the log before it,
-which outcomes may follow one another, whether headers agree on recorder, sequence and ordinals, witnesses, and keys but Ed25519.
-"""
+or a policy it cannot read. The formats are C2SP signed-note, tlog-checkpoint and tlog-proof, and those of the Go package crypto/receipt.
+It leaves to "knhk verify", and so may accept what that refuses: other spellings of a value, values that no recorder writes, parts that
+are too many or of no use, the order of times, what a key statement says of its predecessor and of the log before it, which outcomes may
+follow one another, and whether headers agree on recorder, sequence and ordinals; it reads no policy with witnesses or P-256 keys."""
 import base64, hashlib, json, pathlib, sys
 
 def need(ok, why):
@@ -16,8 +15,7 @@ def need(ok, why):
 def unbase64(text):  # standard, or base64url without padding
     return base64.b64decode(text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4), validate=True)
 
-# Ed25519 with the names of RFC 8032 section 5.1. Points are (x, y).
-p, L = 2**255 - 19, 2**252 + 27742317777372353535851937790883648493
+p, L = 2**255 - 19, 2**252 + 27742317777372353535851937790883648493  # Ed25519, RFC 8032 section 5.1, with its names
 d, sqrt_of_minus_1 = -121665 * pow(121666, -1, p) % p, pow(2, (p - 1) // 4, p)
 
 def decode_point(encoded):
@@ -33,10 +31,8 @@ def add(P, Q):  # RFC 8032 section 3, with a = -1
     return (x1 * y2 + x2 * y1) * pow(1 + product, -1, p) % p, (y1 * y2 + x1 * x2) * pow(1 - product, -1, p) % p
 
 def multiply(s, P):
-    Q = (0, 1)
-    for bit in bin(s)[2:]:
-        Q = add(Q, Q) if bit == "0" else add(add(Q, Q), P)
-    return Q
+    even = multiply(s // 2, add(P, P)) if s else (0, 1)
+    return add(even, P) if s % 2 else even
 
 def ed25519(public, message, signature):
     R, S = signature[:32], int.from_bytes(signature[32:], "little")
@@ -46,10 +42,9 @@ def ed25519(public, message, signature):
     return len(signature) == 64 and S < L and R == (y + x % 2 * 2**255).to_bytes(32, "little")
 
 def read_key(vkey):  # name, key hash and public key of "name+hash+base64"
-    name, key_hash, key = vkey.split("+", 2)
-    key = unbase64(key)
-    hashed = hashlib.sha256(name.encode() + b"\n" + key).hexdigest()
-    need(len(key) == 33 and key[0] == 1 and hashed[:8] == key_hash, "not a verifier key for Ed25519: " + vkey)
+    name, key_hash, encoded = vkey.split("+", 2)
+    key = unbase64(encoded)
+    need(len(key) == 33 and key[0] == 1 and hashlib.sha256(name.encode() + b"\n" + key).hexdigest()[:8] == key_hash, "no Ed25519 key")
     return name, bytes.fromhex(key_hash), key[1:]
 
 def signed(note, vkey):  # the text of a signed note without its last newline, if vkey has signed it
@@ -63,7 +58,7 @@ def root_above(leaf, index, size, path):  # the tree's root, as RFC 6962 section
     need(0 <= index < size and (size > 1) == bool(path), "an index or a path that does not fit its tree")
     if size == 1:
         return hashlib.sha256(b"\0" + leaf.encode()).digest()
-    half, sibling = 1 << (size - 1).bit_length() - 1, unbase64(path[-1])
+    half, sibling = 1 << ((size - 1).bit_length() - 1), unbase64(path[-1])
     if index < half:
         return hashlib.sha256(b"\1" + root_above(leaf, index, half, path[:-1]) + sibling).digest()
     return hashlib.sha256(b"\1" + sibling + root_above(leaf, index - half, size - half, path[:-1])).digest()
@@ -79,23 +74,20 @@ def check_evidence(evidence, decision):
         for tag, value in (b"\1", field["name"]), (b"\2", field["value"]):
             value = unbase64(value["b64"]) if isinstance(value, dict) else value.encode()
             hashed.update(tag + len(value).to_bytes(8, "big") + value)
-    need(evidence["evidence"] == "knhk/evidence/v1" and evidence["id"] == decision["id"], "evidence of another receipt")
-    need(len(salt) == 32 and hashed.digest() == unbase64(decision["request"]), "evidence does not open the decision's commitment")
+    need(evidence["id"] == decision["id"] and len(salt) == 32 and hashed.digest() == unbase64(decision["request"]), "wrong evidence")
 
 def verify(logs, bundle):
-    need(bundle["bundle"] == "knhk/bundle/v1" and bundle["records"] and bundle["keys"], "no bundle with records and keys")
     checkpoint = bundle["keys"][0]["proof"].partition("\n\n")[2]
-    origin, size, root = checkpoint.split("\n")[:3]
-    need(origin in logs, "the policy has no log %r" % origin)
-    signed(checkpoint, logs[origin])
+    origin = checkpoint.partition("\n")[0]
+    need(bundle["bundle"] == "knhk/bundle/v1" and origin in logs, "no bundle of a log in the policy")
+    size, root = signed(checkpoint, logs[origin]).split("\n")[1:3]
     for proof in bundle["headers"] + bundle["keys"]:
         lines, _, below = proof["proof"].partition("\n\n")
         title, index, *path = lines.split("\n")
         need((title, index[:6], below) == ("c2sp.org/tlog-proof@v1", "index ", checkpoint), "no tlog-proof for the one checkpoint")
         need(root_above(proof["leaf"], int(index[6:]), int(size), path) == unbase64(root), "a leaf that is not in the log")
     key = parse(signed(bundle["keys"][0]["leaf"], logs[origin]), "key")
-    name, _, public = read_key(key["key"])
-    need(key["origin"] == name == origin and public != read_key(logs[origin])[2], "not a daily key of this log")
+    need(key["origin"] == read_key(key["key"])[0] == origin and read_key(key["key"]) != read_key(logs[origin]), "no daily key of this log")
     need(0 < int(key["not_after"]) - int(key["not_before"]) <= 24 * 3600 * 10**9, "a daily key for more than 24 hours")
     signed(checkpoint, key["key"])
     records = []
@@ -106,7 +98,7 @@ def verify(logs, bundle):
         need(int(record["size"]) == count, "a block of another size")
         need(root_above(record["leaf"], index, count, record["path"]) == unbase64(header["root"]), "a record that is not in its block")
         need(int(header["first"]) + index <= ordinal <= int(header["last"]) - (count - 1 - index), "an ordinal out of place")
-        need(entry["origin"] == header["origin"] == origin, "a record or header of another log")
+        need(entry["origin"] == header["origin"] == origin and entry["id"].endswith("." + header["instance"]), "of another recorder")
         need(not records or entry["id"] == records[0]["id"] and ordinal > int(records[-1]["ordinal"]), "not this receipt's next record")
         records.append(entry)
     if "evidence" in bundle:
@@ -118,7 +110,8 @@ def main(args):
     logs, status = {}, 0  # {origin: verifier key}
     try:
         need(len(args) > 1, __doc__)
-        for words in (line.partition("#")[0].split() for line in pathlib.Path(args[0]).read_text("utf-8").split("\n")):
+        for line in pathlib.Path(args[0]).read_text("utf-8").split("\n"):
+            words = line.partition("#")[0].split()
             if words not in ([], ["quorum", "none"]):
                 need(words[0] == "log" and read_key(words[1])[0] not in logs, "not one Ed25519 key for each log: use knhk verify")
                 logs[read_key(words[1])[0]] = words[1]

@@ -222,8 +222,10 @@ func (s *Server) Run(ctx context.Context) error {
 	// What records must outlive what asks for records: it has a context of its own, cancelled in the stop sequence.
 	logCtx, stopLog := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopLog()
-	var recorders errgroup.Group
-	recorders.Go(func() error { return s.pipeline.Run(logCtx) })
+	admission, stopAdmission := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopAdmission()
+	var pipeline, recorders errgroup.Group
+	pipeline.Go(func() error { return s.pipeline.Run(admission) })
 	recorders.Go(func() error {
 		err := s.receipts.Run(logCtx)
 		if err != nil { // it refuses from now on; so do we, rather than die and take the reason along
@@ -257,6 +259,9 @@ func (s *Server) Run(ctx context.Context) error {
 		"tiles", cfg.Listeners.Tiles.String(), "origin", s.receipts.Origin(), "identity", s.receipts.IdentityVKey(), "keys", s.receipts.Custody())
 	err := g.Wait()
 	s.receipts.Stop()
+	// First the pipeline, which ends by reporting the outcomes that it holds for the access log, then what takes them.
+	stopAdmission()
+	err = errors.Join(err, pipeline.Wait())
 	stopLog()
 	err = errors.Join(err, recorders.Wait(), s.closeAll(context.WithoutCancel(ctx)))
 	s.log.Info("knhk has stopped")
@@ -275,7 +280,9 @@ func (s *Server) stopServing(cfg *config.Config) {
 		s.grpc.GracefulStop()
 	}()
 	deadline := time.Now().Add(cfg.Shutdown.Drain)
-	for s.active.Load() > 0 && time.Now().Before(deadline) {
+	// A transaction is over when its outcome is known. A lean one's ext_proc stream ends with the decision, long before: what
+	// Envoy logs when nobody listens is lost, and its outcome would be unknown.
+	for (s.active.Load() > 0 || s.receipts.Stats().Pending > 0) && time.Now().Before(deadline) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	// Envoy never ends an access log stream: after the last request they get one flush more, then they are ended.

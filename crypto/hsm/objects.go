@@ -89,7 +89,7 @@ func (s *session) get(o pkcs11.ObjectHandle, kinds ...uint) ([][]byte, error) {
 
 // number reads a CK_ULONG in the byte order of the machine, as miekg/pkcs11 writes it.
 func number(kind uint, value []byte) (uint, error) {
-	for v := uint(0); v < 0x100; v++ { // the values compared with here are small; no byte order to get wrong
+	for v := range uint(0x100) { // the values compared with here are small; no byte order to get wrong
 		if bytes.Equal(attr(kind, v).Value, value) {
 			return v, nil
 		}

@@ -14,6 +14,42 @@ import (
 // perField is how many mutations each field gets.
 const perField = 1000
 
+func mutateNumber(n uint64, r *rand.Rand) uint64 {
+	return []uint64{n + 1, n - 1, n ^ 1<<r.IntN(64), r.Uint64(), r.Uint64N(10)}[r.IntN(5)]
+}
+
+func mutateText(r *rand.Rand, s *string) { *s = string(mutate(r, []byte(*s))) }
+
+// mutations change one field of the sample bundle. A change may by chance leave it as it was.
+var mutations = []struct {
+	name   string
+	change func(r *rand.Rand, b *receipt.Bundle)
+}{
+	{"decision leaf", func(r *rand.Rand, b *receipt.Bundle) { b.Records[0].Leaf = mutate(r, b.Records[0].Leaf) }},
+	{"outcome leaf", func(r *rand.Rand, b *receipt.Bundle) { b.Records[1].Leaf = mutate(r, b.Records[1].Leaf) }},
+	{"record header", func(r *rand.Rand, b *receipt.Bundle) { b.Records[r.IntN(2)].Header = r.IntN(12) - 4 }},
+	{"record index", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Records[r.IntN(2)].Index; *x = mutateNumber(*x, r) }},
+	{"record size", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Records[r.IntN(2)].Size; *x = mutateNumber(*x, r) }},
+	{"record path", func(r *rand.Rand, b *receipt.Bundle) { mutatePath(r, b) }},
+	{"header leaf", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Headers[r.IntN(2)].Leaf; *x = mutate(r, *x) }},
+	{"header proof", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Headers[r.IntN(2)].Text; *x = mutate(r, *x) }},
+	{"key leaf", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Keys[r.IntN(2)].Leaf; *x = mutate(r, *x) }},
+	{"key proof", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Keys[r.IntN(2)].Text; *x = mutate(r, *x) }},
+	{"checkpoint, everywhere alike", func(r *rand.Rand, b *receipt.Bundle) {
+		split := bytes.Index(b.Headers[0].Text, []byte("\n\n")) + 2
+		changed := mutate(r, b.Headers[0].Text[split:])
+		eachProof(b, func(p *receipt.Proof) {
+			split := bytes.Index(p.Text, []byte("\n\n")) + 2
+			p.Text = append(bytes.Clone(p.Text[:split]), changed...)
+		})
+	}},
+	{"evidence id", func(r *rand.Rand, b *receipt.Bundle) { mutateText(r, &b.Evidence.ID) }},
+	{"evidence salt", func(r *rand.Rand, b *receipt.Bundle) { b.Evidence.Salt[r.IntN(32)] ^= byte(1 + r.IntN(255)) }},
+	{"evidence name", func(r *rand.Rand, b *receipt.Bundle) { mutateText(r, &b.Evidence.Fields[r.IntN(6)].Name) }},
+	{"evidence value", func(r *rand.Rand, b *receipt.Bundle) { mutateText(r, &b.Evidence.Fields[r.IntN(6)].Value) }},
+	{"order of parts", func(r *rand.Rand, b *receipt.Bundle) { reorder(r, b) }},
+}
+
 // TestMutations changes a valid bundle in one field at a time, 1,000 times each, and finds none that still verifies. A
 // change that by chance leaves the bundle as it was is no mutation and is drawn again.
 func TestMutations(t *testing.T) {
@@ -22,39 +58,7 @@ func TestMutations(t *testing.T) {
 	if _, err := v.Verify(good); err != nil {
 		t.Fatal(err)
 	}
-	number := func(n uint64, r *rand.Rand) uint64 {
-		return []uint64{n + 1, n - 1, n ^ 1<<r.IntN(64), r.Uint64(), r.Uint64N(10)}[r.IntN(5)]
-	}
-	text := func(r *rand.Rand, s *string) { *s = string(mutate(r, []byte(*s))) }
-	fields := []struct {
-		name   string
-		change func(r *rand.Rand, b *receipt.Bundle)
-	}{
-		{"decision leaf", func(r *rand.Rand, b *receipt.Bundle) { b.Records[0].Leaf = mutate(r, b.Records[0].Leaf) }},
-		{"outcome leaf", func(r *rand.Rand, b *receipt.Bundle) { b.Records[1].Leaf = mutate(r, b.Records[1].Leaf) }},
-		{"record header", func(r *rand.Rand, b *receipt.Bundle) { b.Records[r.IntN(2)].Header = r.IntN(12) - 4 }},
-		{"record index", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Records[r.IntN(2)].Index; *x = number(*x, r) }},
-		{"record size", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Records[r.IntN(2)].Size; *x = number(*x, r) }},
-		{"record path", func(r *rand.Rand, b *receipt.Bundle) { mutatePath(r, b) }},
-		{"header leaf", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Headers[r.IntN(2)].Leaf; *x = mutate(r, *x) }},
-		{"header proof", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Headers[r.IntN(2)].Text; *x = mutate(r, *x) }},
-		{"key leaf", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Keys[r.IntN(2)].Leaf; *x = mutate(r, *x) }},
-		{"key proof", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Keys[r.IntN(2)].Text; *x = mutate(r, *x) }},
-		{"checkpoint, everywhere alike", func(r *rand.Rand, b *receipt.Bundle) {
-			split := bytes.Index(b.Headers[0].Text, []byte("\n\n")) + 2
-			changed := mutate(r, b.Headers[0].Text[split:])
-			eachProof(b, func(p *receipt.Proof) {
-				split := bytes.Index(p.Text, []byte("\n\n")) + 2
-				p.Text = append(bytes.Clone(p.Text[:split]), changed...)
-			})
-		}},
-		{"evidence id", func(r *rand.Rand, b *receipt.Bundle) { text(r, &b.Evidence.ID) }},
-		{"evidence salt", func(r *rand.Rand, b *receipt.Bundle) { b.Evidence.Salt[r.IntN(32)] ^= byte(1 + r.IntN(255)) }},
-		{"evidence name", func(r *rand.Rand, b *receipt.Bundle) { text(r, &b.Evidence.Fields[r.IntN(6)].Name) }},
-		{"evidence value", func(r *rand.Rand, b *receipt.Bundle) { text(r, &b.Evidence.Fields[r.IntN(6)].Value) }},
-		{"order of parts", func(r *rand.Rand, b *receipt.Bundle) { reorder(r, b) }},
-	}
-	for i, field := range fields {
+	for i, field := range mutations {
 		t.Run(field.name, func(t *testing.T) {
 			r := rand.New(rand.NewPCG(11, uint64(i)))
 			for n := 0; n < perField; {

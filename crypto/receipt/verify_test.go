@@ -64,43 +64,45 @@ func TestOuterProofIsC2SP(t *testing.T) {
 	})
 }
 
-// TestAccepts has bundles at the edge of what is refused.
+// accepted has bundles at the edge of what is refused.
+var accepted = map[string]func(testing.TB) (*log, *bundle){
+	"one block":  staged(func(s *scene) *bundle { return s.both(unchanged) }),
+	"two blocks": staged(func(s *scene) *bundle { return s.apart(unchanged) }),
+	"a statement": stated(func(s *scene, ks *statement) (string, []note.Signer) {
+		return receipt.KeyText(ks), []note.Signer{s.Identity, s.Daily[0]}
+	}),
+	"pending": staged(func(s *scene) *bundle {
+		return s.Bundle(s.tb, nil, 1, place{Block: s.Seal(s.tb, s.decision(), s.outcome())})
+	}),
+	"unknown, then late": staged(func(s *scene) *bundle {
+		return s.second(func(first, second *receipt.Outcome) { first.Result, second.Late = "unknown", true })
+	}),
+	"a late one alone": staged(func(s *scene) *bundle { s.o.Late = true; return s.both(unchanged) }),
+	"the outcome in the final block of a crash, losses declared": staged(func(s *scene) *bundle {
+		return s.apart(func(h *receipt.Header) {
+			h.Kind, h.Recovered, h.LostFrom, h.LostTo = receipt.HeaderFinal, true, 2, 100
+		})
+	}),
+	"the outcome in a later incarnation": staged(func(s *scene) *bundle {
+		return s.apart(func(h *receipt.Header) { h.Incarnation[0]++; h.Seq = 1 })
+	}),
+	"ordinals with gaps": staged(func(s *scene) *bundle {
+		s.o.Ordinal = 7
+		return s.both(func(h *receipt.Header) { h.First, h.Last = 0, 7 })
+	}),
+	"a decision just not after its block": staged(func(s *scene) *bundle { return s.decisionLate(receipt.MaxSkew) }),
+	"an outcome just not after its block": staged(func(s *scene) *bundle { return s.outcomeLate(receipt.MaxSkew) }),
+	"a block just at the key's end":       staged(func(s *scene) *bundle { return s.blockAfterKey(receipt.MaxSkew) }),
+	"a witness":                           staged(func(s *scene) *bundle { return s.witnessed(0) }),
+	"a witness with a slow clock":         staged(func(s *scene) *bundle { return s.witnessed(-receipt.MaxSkew) }),
+	"a key that begins a little late":     staged(func(s *scene) *bundle { return s.keyAfterWitness(receipt.MaxSkew) }),
+	"a line by somebody else": sampled(func(_ testing.TB, _ *log, b *bundle) {
+		eachProof(b, func(p *receipt.Proof) { p.Text = append(bytes.Clone(p.Text), "— somebody.example AAAAAQA=\n"...) })
+	}),
+}
+
 func TestAccepts(t *testing.T) {
-	for name, fn := range map[string]func(testing.TB) (*log, *bundle){
-		"one block":  staged(func(s *scene) *bundle { return s.both(unchanged) }),
-		"two blocks": staged(func(s *scene) *bundle { return s.apart(unchanged) }),
-		"a statement": stated(func(s *scene, ks *statement) (string, []note.Signer) {
-			return receipt.KeyText(ks), []note.Signer{s.Identity, s.Daily[0]}
-		}),
-		"pending": staged(func(s *scene) *bundle {
-			return s.Bundle(s.tb, nil, 1, place{Block: s.Seal(s.tb, s.decision(), s.outcome())})
-		}),
-		"unknown, then late": staged(func(s *scene) *bundle {
-			return s.second(func(first, second *receipt.Outcome) { first.Result, second.Late = "unknown", true })
-		}),
-		"a late one alone": staged(func(s *scene) *bundle { s.o.Late = true; return s.both(unchanged) }),
-		"the outcome in the final block of a crash, losses declared": staged(func(s *scene) *bundle {
-			return s.apart(func(h *receipt.Header) {
-				h.Kind, h.Recovered, h.LostFrom, h.LostTo = receipt.HeaderFinal, true, 2, 100
-			})
-		}),
-		"the outcome in a later incarnation": staged(func(s *scene) *bundle {
-			return s.apart(func(h *receipt.Header) { h.Incarnation[0]++; h.Seq = 1 })
-		}),
-		"ordinals with gaps": staged(func(s *scene) *bundle {
-			s.o.Ordinal = 7
-			return s.both(func(h *receipt.Header) { h.First, h.Last = 0, 7 })
-		}),
-		"a decision just not after its block": staged(func(s *scene) *bundle { return s.decisionLate(receipt.MaxSkew) }),
-		"an outcome just not after its block": staged(func(s *scene) *bundle { return s.outcomeLate(receipt.MaxSkew) }),
-		"a block just at the key's end":       staged(func(s *scene) *bundle { return s.blockAfterKey(receipt.MaxSkew) }),
-		"a witness":                           staged(func(s *scene) *bundle { return s.witnessed(0) }),
-		"a witness with a slow clock":         staged(func(s *scene) *bundle { return s.witnessed(-receipt.MaxSkew) }),
-		"a key that begins a little late":     staged(func(s *scene) *bundle { return s.keyAfterWitness(receipt.MaxSkew) }),
-		"a line by somebody else": sampled(func(_ testing.TB, _ *log, b *bundle) {
-			eachProof(b, func(p *receipt.Proof) { p.Text = append(bytes.Clone(p.Text), "— somebody.example AAAAAQA=\n"...) })
-		}),
-	} {
+	for name, fn := range accepted {
 		t.Run(name, func(t *testing.T) {
 			l, b := fn(t)
 			v, err := receipt.Verify(l.Policy(t), b)

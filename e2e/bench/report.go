@@ -249,7 +249,7 @@ func machine(dir string) (machineInfo, error) {
 	if err := unix.Statfs(dir, &fs); err != nil {
 		return m, fmt.Errorf("statfs: %w", err)
 	}
-	m.FileSystem = cmp.Or(fileSystems[int64(fs.Type)], fmt.Sprintf("file system %#x", fs.Type))
+	m.FileSystem = cmp.Or(fileSystems[fs.Type], fmt.Sprintf("file system %#x", fs.Type))
 	return m, nil
 }
 

@@ -299,6 +299,7 @@ func TestTransactions(t *testing.T) {
 		w := start(t, stack.Config{YAML: edited(), Capture: capture})
 		play(t, w, slices.Concat(ordinary, protocols, bodies))
 		localReplies(w)
+		pathless(w)
 		flaky(w)
 		redirected(w)
 		if n := w.metric("knhk_outcomes_total", `knhk_source="ext_proc"`); (n > 1) != (capture == "full") {

@@ -1,8 +1,16 @@
 package transactions
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
+	"io"
+	"net"
 	"strings"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 
 	"github.com/knhk/sidecar/e2e/harness"
 )
@@ -101,5 +109,59 @@ func redirected(w *world) {
 	}
 	if !strings.HasPrefix(tr.byCase[name][1].evidence["path"], "/hot/") {
 		w.t.Errorf("the second transaction is about %v", tr.byCase[name][1].evidence)
+	}
+}
+
+// pathless sends an HTTP/2 request without :path, which no client library would. Envoy's codec resets the stream or answers;
+// either way nothing is decided, nothing reaches the upstream, and the access log has it counted.
+func pathless(w *world) {
+	w.t.Helper()
+	count := func() float64 { return w.metric("knhk_unreceipted_total") + w.metric("knhk_decisions_total") }
+	before, seen := count(), len(w.Upstream.Seen())
+	tcp, err := net.DialTimeout("tcp", w.Listener, 5*time.Second)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer tcp.Close()
+	if err := tcp.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		w.t.Fatal(err)
+	}
+	var head bytes.Buffer
+	enc := hpack.NewEncoder(&head)
+	for _, f := range [][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", "unreceipted-pathless" + caseSuffix}} {
+		if err := enc.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	if _, err := io.WriteString(tcp, http2.ClientPreface); err != nil {
+		w.t.Fatal(err)
+	}
+	fr := http2.NewFramer(tcp, tcp)
+	fr.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	if err := errors.Join(fr.WriteSettings(), fr.WriteHeaders(http2.HeadersFrameParam{
+		StreamID: 1, BlockFragment: head.Bytes(), EndStream: true, EndHeaders: true,
+	})); err != nil {
+		w.t.Fatal(err)
+	}
+	for ended := false; !ended; {
+		f, err := fr.ReadFrame()
+		if err != nil {
+			break // Envoy has closed the connection
+		}
+		switch f := f.(type) {
+		case *http2.MetaHeadersFrame:
+			if status := f.PseudoValue("status"); status != "400" && status != "404" {
+				w.t.Errorf("without :path: status %s", status)
+			}
+			ended = f.StreamEnded()
+		case *http2.RSTStreamFrame, *http2.GoAwayFrame:
+			ended = true
+		case *http2.DataFrame:
+			ended = f.StreamEnded()
+		}
+	}
+	w.until("it is counted", func() bool { return count() > before })
+	if n := len(w.Upstream.Seen()); n != seen {
+		w.t.Errorf("the upstream saw %d requests without :path", n-seen)
 	}
 }

@@ -44,26 +44,31 @@ type world struct {
 	ids     map[string][]string // receipt ids in the responses that do has read, by case
 }
 
+// directory makes a directory for a stack, kept when the test fails. Not t.TempDir: its path is too long for a unix socket.
+func directory(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "knhk-e2e-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("files are kept in %s", dir)
+			return
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
 // prepare makes a stack of which nothing but the upstream runs yet.
 func prepare(t *testing.T, cfg stack.Config) *world {
 	t.Helper()
 	harness.RequireEnvoy(t)
 	if cfg.Dir == "" {
-		// Not t.TempDir: its path is too long for a unix socket.
-		dir, err := os.MkdirTemp("", "knhk-e2e-")
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			if t.Failed() {
-				t.Logf("files are kept in %s", dir)
-				return
-			}
-			if err := os.RemoveAll(dir); err != nil {
-				t.Error(err)
-			}
-		})
-		cfg.Dir = dir
+		cfg.Dir = directory(t)
 	}
 	s, err := stack.New(t.Context(), cfg)
 	if err != nil {

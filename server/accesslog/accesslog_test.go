@@ -159,7 +159,7 @@ func TestStream(t *testing.T) {
 	running := logEntry()
 	running.CommonProperties.AccessLogType = datav3.AccessLogType_DownstreamPeriodic
 	old := logEntry()
-	old.CommonProperties.IntermediateLogEntry = true //nolint:staticcheck // deprecated, but older Envoys send it
+	old.CommonProperties.IntermediateLogEntry = true // deprecated, but older Envoys send it
 	attempt := logEntry()
 	attempt.CommonProperties.AccessLogType = datav3.AccessLogType_UpstreamEnd
 	st := h.open(t, t.Context(),

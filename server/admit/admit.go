@@ -250,7 +250,9 @@ func (p *Pipeline) unrecorded(r *rules, route *config.RoutePolicy, d policy.Deci
 	p.logOnce(string(reason), "decision cannot be recorded", "reason", reason, "error", err)
 	d = policy.Decision{Class: d.Class, Rule: d.Rule, Verdict: policy.Refuse, Reason: reason, Status: http.StatusServiceUnavailable, RetryAfter: time.Second}
 	if reason == policy.ReasonTooLarge {
+		// The client's doing, not a failure of ours: on_receipt_failure does not apply, or a client could choose to go unrecorded.
 		d.Status, d.RetryAfter = http.StatusRequestHeaderFieldsTooLarge, 0
+		return d
 	}
 	if route.AllowOnFailure || r.cfg.DryRun {
 		d.Gap = true

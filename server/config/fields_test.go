@@ -88,7 +88,7 @@ var fieldCases = map[string]fieldCase{
 		bend{at: "log.wal_segment_mib", to: "64MiB", want: notUint}),
 	"log.wal_max_mib": bends(bend{at: "log.wal_max_mib", to: "95", want: "three segments"},
 		bend{at: "log.wal_max_mib", to: "00", want: "at least 1"},
-		bend{at: "log.wal_max_mib", to: "1048577", want: "1048576"}),
+		bend{at: "log.wal_max_mib", to: "3073", want: "3072"}),
 
 	"beat": bends(bend{at: "beat", to: "[]", want: notMapping}),
 	"beat.cycle": bends(bend{at: "beat.cycle", to: "7ms", want: "0.008"}, bend{at: "beat.cycle", to: "9s", want: "8s"},

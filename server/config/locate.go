@@ -37,7 +37,7 @@ func (d *document) locate(n *yaml.Node, line, column int) (int, int) {
 				return lastLine, c.column + 1 // just behind the end
 			}
 			return lastLine, lastColumn
-		case ok && r == value[i] && !(r == '\\' && n.Style&yaml.DoubleQuotedStyle != 0):
+		case ok && r == value[i] && (r != '\\' || n.Style&yaml.DoubleQuotedStyle == 0):
 			lastLine, lastColumn = c.line+1, c.column+1
 			if r == '\'' && n.Style&yaml.SingleQuotedStyle != 0 {
 				c.column++ // it is written twice

@@ -65,7 +65,7 @@ func (r *Reader) Next() bool {
 		return r.fail()
 	}
 	r.Num, r.Type, r.Bytes, r.Scalar = protowire.Number(num), protowire.Type(tag&7), nil, 0
-	n := 0
+	var n int
 	switch r.Type {
 	case protowire.VarintType:
 		r.Scalar, n = protowire.ConsumeVarint(r.buf)

@@ -30,7 +30,7 @@ func main() { os.Exit(run(os.Args[1:])) }
 func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	context.AfterFunc(ctx, stop)                      // a second signal ends the process at once
 	klog.SetSlogLogger(slog.New(slog.DiscardHandler)) // Tessera's; serve gives it ours
 	cmd := root()
 	cmd.SetArgs(args)

@@ -200,7 +200,7 @@ func listCmd() *cobra.Command {
 				}
 				return printJSON(cmd, out)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%-45s %-8s %-5s %-7s %-16s %-6s %s\n", "RECEIPT", "STATE", "CLASS", "VERDICT", "REASON", "STATUS", "RESULT")
+			fmt.Fprintf(cmd.OutOrStdout(), summaryFormat+"\n", "RECEIPT", "STATE", "CLASS", "VERDICT", "REASON", "STATUS", "RESULT")
 			for _, r := range resp.GetReceipts() {
 				fmt.Fprintln(cmd.OutOrStdout(), summaryLine(r))
 			}
@@ -226,6 +226,9 @@ func toJSON(r *adminv1.Receipt) recordJSON {
 	return recordJSON{r.GetId(), r.GetState(), json.RawMessage(r.GetDecision()), json.RawMessage(r.GetOutcome())}
 }
 
+// summaryFormat lines up what list prints.
+const summaryFormat = "%-45s %-8s %-5s %-7s %-16s %-6s %s"
+
 func summaryLine(r *adminv1.Receipt) string {
 	d := &receipt.Decision{}
 	if p, err := receipt.ParseDecision([]byte(receipt.DecisionPrefix + r.GetDecision())); err == nil {
@@ -235,7 +238,7 @@ func summaryLine(r *adminv1.Receipt) string {
 	if o, err := receipt.ParseOutcome([]byte(receipt.OutcomePrefix + r.GetOutcome())); err == nil {
 		status, result = fmt.Sprint(o.Status), o.Result
 	}
-	return fmt.Sprintf("%-45s %-8s %-5s %-7s %-16s %-6s %s", r.GetId(), r.GetState(), d.Class, d.Verdict, d.Reason, status, result)
+	return fmt.Sprintf(summaryFormat, r.GetId(), r.GetState(), d.Class, d.Verdict, d.Reason, status, result)
 }
 
 func exportCmd() *cobra.Command {
@@ -259,9 +262,9 @@ The result goes to --file, written aside and renamed when it is whole, or to sta
 				err = os.Rename(part, path)
 			}
 			if err != nil {
-				os.Remove(part)
+				return errors.Join(err, os.Remove(part))
 			}
-			return err
+			return nil
 		},
 	}
 	cmd.Flags().Bool("evidence", false, "include the evidence")
@@ -410,8 +413,8 @@ decisions    %d since start, %d wait for their outcome
 blocks       %d
 checkpoint   %d leaves signed, oldest unsigned record %v old
 refusing     %s
-`, s.GetOrigin(), s.GetIdentityVkey(), s.GetDailyVkey(), expires, s.GetKeyCustody(), s.GetDecisions(), s.GetPendingOutcomes(), s.GetBlocks(),
-				s.GetCheckpointSize(), unsigned, refusing)
+`, s.GetOrigin(), s.GetIdentityVkey(), s.GetDailyVkey(), expires, s.GetKeyCustody(), s.GetDecisions(), s.GetPendingOutcomes(),
+				s.GetBlocks(), s.GetCheckpointSize(), unsigned, refusing)
 			return nil
 		},
 	}

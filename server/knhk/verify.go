@@ -28,7 +28,8 @@ One line for each bundle says what it proves or why it is refused. Exit code 1 i
 		RunE: func(cmd *cobra.Command, files []string) error {
 			path, _ := cmd.Flags().GetString("policy")
 			if path == "" {
-				return usageError{errors.New("--policy is required: the policy file of the log, from its state directory or /policy of its admin listener")}
+				return usageError{errors.New("--policy is required: the policy file of the log, from its state directory, or /policy of its " +
+					"admin listener")}
 			}
 			raw, err := os.ReadFile(path)
 			if err != nil {
@@ -75,7 +76,7 @@ type verifyResult struct {
 // file verifies every bundle of a file. Bundles are JSON values one after the other, so a damaged one ends its file: what
 // follows cannot be told apart. So does a file that cannot be read: what cannot be checked is refused.
 func (v *verification) file(path string) {
-	var in io.Reader = v.cmd.InOrStdin()
+	in := v.cmd.InOrStdin()
 	if path != "-" {
 		f, err := os.Open(path)
 		if err != nil {
@@ -184,9 +185,9 @@ Exit code 1 if anything is wrong; every problem is named.`,
 				for _, p := range r.Problems {
 					fmt.Fprintf(out, "WRONG %s: %s\n", p.Where, p.What)
 				}
-				fmt.Fprintf(out, "%s: %d leaves signed: %d headers of %d incarnations, %d key statements; %d blocks with %d decisions and %d outcomes; "+
-					"%d blocks not signed yet; %d problems\n", r.Origin, r.CheckpointSize, r.Headers, r.Incarnations, r.KeyStatements, r.Blocks,
-					r.Decisions, r.Outcomes, r.Unlogged, len(r.Problems))
+				fmt.Fprintf(out, "%s: %d leaves signed: %d headers of %d incarnations, %d key statements; %d blocks with %d decisions and "+
+					"%d outcomes; %d blocks not signed yet; %d problems\n", r.Origin, r.CheckpointSize, r.Headers, r.Incarnations, r.KeyStatements,
+					r.Blocks, r.Decisions, r.Outcomes, r.Unlogged, len(r.Problems))
 			}
 			if len(r.Problems) > 0 {
 				return errSaid

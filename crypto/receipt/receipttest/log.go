@@ -195,7 +195,7 @@ func (l *Log) NewDecision() (*receipt.Decision, *receipt.Evidence) {
 	l.Ordinal++
 	var random [10]byte
 	binary.BigEndian.PutUint64(random[2:], n)
-	salt := [32]byte(sha256.Sum256(fmt.Appendf(nil, "salt %d", n)))
+	salt := sha256.Sum256(fmt.Appendf(nil, "salt %d", n))
 	d := &receipt.Decision{
 		Nonce: half("nonce", fmt.Sprint(n)), Ordinal: n, Origin: l.Origin, Time: l.tick(), Tenant: "shop",
 		Class: "W1", Verdict: "admit", Reason: "ok", Rule: "default", Tick: 41,

@@ -247,7 +247,8 @@ type Config struct {
 	// Name of this replica, part of every receipt id: 1 to 32 of a-z, 0-9 and '-'. Two replicas must not share one. Required.
 	Instance string `protobuf:"bytes,2,opt,name=instance,proto3" json:"instance,omitempty"`
 	// Directory that holds everything that must outlive the process: WAL, blocks, log. Created with mode 0700. Whoever can
-	// write here can destroy receipts, but not forge them: that takes the keys. Required.
+	// write here can destroy receipts and forge those that are in no block yet (about the last second); what is under a signed
+	// checkpoint cannot be forged without the keys. Required.
 	StateDir string `protobuf:"bytes,3,opt,name=state_dir,json=stateDir,proto3" json:"state_dir,omitempty"`
 	// Where knhk listens. Required.
 	Listeners *Listeners `protobuf:"bytes,4,opt,name=listeners,proto3" json:"listeners,omitempty"`
