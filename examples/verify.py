@@ -68,13 +68,13 @@ def parse(leaf, kind):
     return json.loads(leaf.partition("\n")[2])
 
 def check_evidence(evidence, decision):
-    salt = unbase64(evidence["salt"])
-    hashed = hashlib.sha256(b"knhk/commitment/v1\n" + salt + len(evidence["fields"]).to_bytes(8, "big"))
+    need(evidence["evidence"] == "knhk/evidence/v1" and len(evidence["salt"]) == 43, "not evidence with a salt of 32 bytes")
+    hashed = hashlib.sha256(b"knhk/commitment/v1\n" + unbase64(evidence["salt"]) + len(evidence["fields"]).to_bytes(8, "big"))
     for field in evidence["fields"]:
         for tag, value in (b"\1", field["name"]), (b"\2", field["value"]):
             value = unbase64(value["b64"]) if isinstance(value, dict) else value.encode()
             hashed.update(tag + len(value).to_bytes(8, "big") + value)
-    need(evidence["id"] == decision["id"] and len(salt) == 32 and hashed.digest() == unbase64(decision["request"]), "wrong evidence")
+    need(evidence["id"] == decision["id"] and hashed.digest() == unbase64(decision["request"]), "evidence opens another commitment")
 
 def verify(logs, bundle):
     checkpoint = bundle["keys"][0]["proof"].partition("\n\n")[2]
@@ -98,7 +98,7 @@ def verify(logs, bundle):
         need(int(record["size"]) == count, "a block of another size")
         need(root_above(record["leaf"], index, count, record["path"]) == unbase64(header["root"]), "a record that is not in its block")
         need(int(header["first"]) + index <= ordinal <= int(header["last"]) - (count - 1 - index), "an ordinal out of place")
-        need(entry["origin"] == header["origin"] == origin and entry["id"].endswith("." + header["instance"]), "of another recorder")
+        need(entry["origin"] == header["origin"] == origin and entry["id"].endswith("." + header["instance"]), "a record of another log")
         need(not records or entry["id"] == records[0]["id"] and ordinal > int(records[-1]["ordinal"]), "not this receipt's next record")
         records.append(entry)
     if "evidence" in bundle:

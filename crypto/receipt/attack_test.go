@@ -13,11 +13,11 @@ import (
 )
 
 // attack is a bundle that must be refused although, but for the one thing its name says, all in it is properly made and
-// signed. The Python verifier must refuse it too, unless it needs what only Go can do.
+// signed. The Python verifier must refuse it too, unless leftToKnhk says why not.
 type attack struct {
 	name   string
 	want   string // in the error
-	goOnly bool   // the Python verifier knows no witnesses, or the bundle cannot be written as JSON
+	goOnly bool   // its policy has witnesses, which the Python verifier does not read, or the bundle cannot be written as JSON
 	make   func(tb testing.TB) (*receipttest.Log, *receipt.Bundle)
 }
 

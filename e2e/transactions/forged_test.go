@@ -29,7 +29,8 @@ var forgedHeaders = map[string]string{
 func TestForgedHeaders(t *testing.T) {
 	both(t, func(t *testing.T, capture string) {
 		log := filepath.Join(t.TempDir(), "access.log")
-		w := start(t, stack.Config{YAML: edited("R1CAP", "1"), Capture: capture, EditBootstrap: func(b []byte) []byte { return logHeaders(t, b, log) }})
+		w := start(t, stack.Config{YAML: edited("R1CAP", "1"), Capture: capture,
+			EditBootstrap: func(b []byte) []byte { return logHeaders(t, b, log) }})
 		echoes := 0
 		try := func(name string, code int, r harness.Request) {
 			t.Helper()

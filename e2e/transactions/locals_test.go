@@ -116,8 +116,8 @@ func redirected(w *world) {
 // either way nothing is decided, nothing reaches the upstream, and the access log has it counted.
 func pathless(w *world) {
 	w.t.Helper()
-	count := func() float64 { return w.metric("knhk_unreceipted_total") + w.metric("knhk_decisions_total") }
-	before, seen := count(), len(w.Upstream.Seen())
+	const label = `knhk_kind="protocol_error"`
+	before, seen := w.metric("knhk_unreceipted_total", label), len(w.Upstream.Seen())
 	tcp, err := net.DialTimeout("tcp", w.Listener, 5*time.Second)
 	if err != nil {
 		w.t.Fatal(err)
@@ -160,7 +160,7 @@ func pathless(w *world) {
 			ended = f.StreamEnded()
 		}
 	}
-	w.until("it is counted", func() bool { return count() > before })
+	w.awaitMetric(before+1, "knhk_unreceipted_total", label)
 	if n := len(w.Upstream.Seen()); n != seen {
 		w.t.Errorf("the upstream saw %d requests without :path", n-seen)
 	}

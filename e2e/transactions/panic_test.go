@@ -21,12 +21,12 @@ import (
 
 // panicker is an Admitter that panics where it is told to.
 type panicker struct {
-	where string
+	where atomic.Value // string
 	n     atomic.Int64
 }
 
 func (p *panicker) at(where string) {
-	if p.where == where {
+	if p.where.Load() == where {
 		p.n.Add(1)
 		panic("on purpose: " + where)
 	}
@@ -112,7 +112,7 @@ func TestPanic(t *testing.T) {
 			{"finish", get, 200}, // the exchange is over by then
 			{"", get, 200}, {"", body, 200},
 		} {
-			p.where = c.where
+			p.where.Store(c.where)
 			up.Forget()
 			before := p.n.Load()
 			resp, err := harness.Do(t.Context(), addr, c.r)

@@ -3,6 +3,7 @@ package wal_test
 import (
 	"context"
 	"fmt"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -28,15 +29,20 @@ func BenchmarkAppend(b *testing.B) {
 }
 
 func benchmarkAppend(b *testing.B, level wal.Level, writers int) {
-	w, err := wal.Open(wal.Config{Dir: b.TempDir(), SegmentBytes: 64 << 20, MaxBytes: 512 << 20, ReserveBytes: 1 << 20})
+	dir := b.TempDir()
+	w, err := wal.Open(wal.Config{Dir: dir, SegmentBytes: 64 << 20, MaxBytes: 512 << 20, ReserveBytes: 1 << 20})
 	if err != nil {
 		b.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(b.Context())
 	done := make(chan error)
 	go func() { done <- w.Run(ctx) }()
-	for s := w.Stats(); s.Segments < 2; s = w.Stats() { // the second segment is being filled with zeros
-		time.Sleep(10 * time.Millisecond)
+	for ready := 0; ready < 2; time.Sleep(10 * time.Millisecond) { // the second segment is filled with zeros under another name
+		names, err := filepath.Glob(filepath.Join(dir, "*.wal"))
+		if err != nil {
+			b.Fatal(err)
+		}
+		ready = len(names)
 	}
 	rec := make([]byte, 400)
 	var left, refused atomic.Int64

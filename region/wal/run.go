@@ -162,10 +162,8 @@ func (w *WAL) committed(started bool, upto, ceiling, released uint64) (left []*s
 
 // prepareAll keeps a segment ready.
 func (w *WAL) prepareAll(ctx context.Context) {
-	retry := time.NewTimer(retryEvery)
-	defer retry.Stop()
 	for ctx.Err() == nil {
-		retry.Reset(retryEvery)
+		var retry <-chan time.Time
 		w.mu.Lock()
 		want := w.ready == nil && w.err == nil
 		w.mu.Unlock()
@@ -181,13 +179,14 @@ func (w *WAL) prepareAll(ctx context.Context) {
 				_ = w.fail(err) // latched
 				return
 			}
+			retry = time.After(retryEvery)
 		}
 		select {
 		case <-ctx.Done():
 		case <-w.stop:
 			return
 		case <-w.space:
-		case <-retry.C:
+		case <-retry:
 		}
 	}
 }
@@ -205,9 +204,9 @@ func (w *WAL) prepareOne(ctx context.Context) error {
 	w.mu.Unlock()
 	switch {
 	case full && !was:
-		w.log.Warn("no space for the next log segment: appends will be refused", "dir", w.cfg.Dir, "err", err)
+		w.log.WarnContext(ctx, "no space for the next log segment: appends will be refused", "dir", w.cfg.Dir, "err", err)
 	case err == nil && was:
-		w.log.Info("space for log segments is back", "dir", w.cfg.Dir)
+		w.log.InfoContext(ctx, "space for log segments is back", "dir", w.cfg.Dir)
 	}
 	if err != nil || started {
 		return err
