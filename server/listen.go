@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path"
 	"strings"
 	"time"
 
@@ -37,8 +38,8 @@ func listen(ctx context.Context, addr config.Address) (net.Listener, error) {
 	return ln, nil
 }
 
-func clearSocket(path string) error {
-	fi, err := os.Lstat(path)
+func clearSocket(name string) error {
+	fi, err := os.Lstat(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
@@ -46,13 +47,13 @@ func clearSocket(path string) error {
 		return err
 	}
 	if fi.Mode().Type() != fs.ModeSocket {
-		return fmt.Errorf("listen on %s: something else is there, not a socket", path)
+		return fmt.Errorf("listen on %s: something else is there, not a socket", name)
 	}
-	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+	if c, err := net.DialTimeout("unix", name, time.Second); err == nil {
 		c.Close()
-		return fmt.Errorf("listen on %s: somebody is serving there", path)
+		return fmt.Errorf("listen on %s: somebody is serving there", name)
 	}
-	return os.Remove(path)
+	return os.Remove(name)
 }
 
 // tiles serves the log's public files, read-only: the checkpoint, the tiles and the entry bundles (C2SP tlog-tiles), never the
@@ -66,6 +67,9 @@ func tiles(dir string) http.Handler {
 			return
 		}
 		switch {
+		case path.Clean(p) != p: // dot segments would lead to the log's own state
+			http.NotFound(w, r)
+			return
 		case p == "/checkpoint":
 			w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 			w.Header().Set("Cache-Control", "no-cache")
