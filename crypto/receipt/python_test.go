@@ -2,6 +2,9 @@ package receipt_test
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/binary"
 	"errors"
 	"math/rand/v2"
 	"os"
@@ -278,16 +281,8 @@ func TestPythonMutations(t *testing.T) {
 	for range ofJSON {
 		keep(mutate(r, data))
 	}
-	// Numbers that only Python would take for places counted from the end.
-	_, b := accepted["one block"](t)
-	if data, err = b.Marshal(); err != nil {
-		t.Fatal(err)
-	}
-	for _, swap := range [][2]string{{`"index": "1"`, `"index": "-1"`}, {`\nindex 2\n`, `\nindex -1\n`}, {`"size": "2"`, `"size": "-2"`}} {
-		if !bytes.Contains(data, []byte(swap[0])) {
-			t.Fatalf("no %s in the bundle", swap[0])
-		}
-		keep(bytes.Replace(data, []byte(swap[0]), []byte(swap[1]), 1))
+	for _, forged := range unwritable(t) {
+		keep(forged)
 	}
 	lines, status := verifyInPython(t, l.PolicyText(), bundles...)
 	if status != 1 || len(lines) != len(bundles) || len(bundles) < ofJSON {
@@ -306,6 +301,47 @@ func TestPythonMutations(t *testing.T) {
 	t.Logf("%d refused, %d left to knhk verify", len(bundles)-left, left)
 }
 
+// unwritable are attacks that Bundle.Marshal would not write: JSON for which a lenient reader must not fall.
+func unwritable(t *testing.T) [][]byte {
+	salt, fields := make([]byte, 31), []receipt.Field{{Name: "method", Value: "GET"}}
+	commitment := sha256.New()
+	commitment.Write([]byte("knhk/commitment/v1\n"))
+	commitment.Write(salt)
+	commitment.Write(binary.BigEndian.AppendUint64(nil, 1))
+	commitment.Write([]byte("\x01\x00\x00\x00\x00\x00\x00\x00\x06method\x02\x00\x00\x00\x00\x00\x00\x00\x03GET"))
+	short := staged(func(s *scene) *bundle {
+		s.d.Request = receipt.Hash(commitment.Sum(nil))
+		b := s.both(unchanged)
+		b.Evidence = &receipt.Evidence{ID: s.d.ID, Fields: fields}
+		return b
+	})
+	base64URL := base64.RawURLEncoding.EncodeToString
+	var out [][]byte
+	for _, forgery := range []struct {
+		of       func(testing.TB) (*log, *bundle)
+		old, new string
+	}{
+		{accepted["one block"], "knhk/bundle/v1", "knhk/bundle/v2"},
+		{accepted["one block"], `"index": "1"`, `"index": "-1"`},
+		{accepted["one block"], `"size": "2"`, `"size": "-2"`},
+		{accepted["one block"], `\nindex 0\n`, `\nindex -1\n`},
+		{accepted["one block"], `\nindex 2\n`, `\nindex -1\n`},
+		{accepted["ordinals with gaps"], `"index": "0"`, `"index": "-1"`},
+		{short, base64URL(make([]byte, 32)), base64URL(salt)},
+	} {
+		_, b := forgery.of(t)
+		data, err := b.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Contains(data, []byte(forgery.old)) {
+			t.Fatalf("no %s in the bundle", forgery.old)
+		}
+		out = append(out, bytes.Replace(data, []byte(forgery.old), []byte(forgery.new), 1))
+	}
+	return out
+}
+
 func TestPythonUsage(t *testing.T) {
 	l, b := receipttest.Sample(t, testOrigin)
 	data, err := b.Marshal()
@@ -313,11 +349,13 @@ func TestPythonUsage(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, policy := range map[string]string{
-		"no log":    "quorum none\n",
-		"a witness": string(l.PolicyText()) + "witness w " + receipttest.Witness(t, "w", "w", l.Now).VKey + "\nquorum w\n",
-		"a typo":    "logg x\n",
-		"a bad key": "log " + testOrigin + "+00000000+AAAA\n",
-		"two keys":  "log " + testKeys.identity.VKey + "\nlog " + testKeys.other.VKey + "\n",
+		"no log":                       "quorum none\n",
+		"a witness":                    string(l.PolicyText()) + "witness w " + receipttest.Witness(t, "w", "w", l.Now).VKey + "\nquorum w\n",
+		"a typo":                       "logg " + testKeys.identity.VKey + "\n",
+		"a bad key":                    "log " + testOrigin + "+00000000+AAAA\n",
+		"another hash":                 "log " + testOrigin + "+00000000" + testKeys.identity.VKey[len(testOrigin)+9:] + "\n",
+		"a witness's key as the log's": "log " + receipttest.Witness(t, "w", "w", l.Now).VKey + "\n",
+		"two keys":                     "log " + testKeys.identity.VKey + "\nlog " + testKeys.other.VKey + "\n",
 	} {
 		if lines, status := verifyInPython(t, []byte(policy), data); status != 2 {
 			t.Errorf("policy with %s: exit status %d: %q", name, status, lines)

@@ -140,7 +140,8 @@ func TestDiskFull(t *testing.T) {
 		}
 		reached := len(w.Upstream.Seen())
 		w.shut("disk-full")
-		if n := len(w.Upstream.Seen()); n != reached || n != passed {
+		// In full capture the one under way when knhk ended may have been at the upstream and got 503 on its way back.
+		if n := len(w.Upstream.Seen()); n != reached || n < passed || n > passed+1 {
 			t.Errorf("the upstream saw %d, then %d requests, %d were admitted", reached, n, passed)
 		}
 		w.kill()
@@ -152,8 +153,8 @@ func TestDiskFull(t *testing.T) {
 		}
 		w.serves("after")
 		tr := w.audit()
-		if n := len(tr.byCase["before"]) + len(tr.byCase["filling"]); n < passed {
-			t.Errorf("%d receipts for %d requests that went on", n, passed)
+		if n := len(tr.byCase["before"]) + len(tr.byCase["filling"]); n < reached {
+			t.Errorf("%d receipts for %d requests that went on", n, reached)
 		}
 	})
 }

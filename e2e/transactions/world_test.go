@@ -138,7 +138,7 @@ func (w *world) settle() transcript {
 	w.t.Helper()
 	file := filepath.Join(w.Dir, "receipts.jsonl")
 	var tr transcript
-	w.eventually("every outcome is under a signed checkpoint", 20*time.Second, func() error {
+	w.eventually("every outcome is under a signed checkpoint", 30*time.Second, func() error {
 		m, err := w.metrics()
 		if err != nil {
 			return err

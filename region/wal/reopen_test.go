@@ -105,3 +105,28 @@ func TestUnsyncedReleaseInSlot(t *testing.T) {
 		t.Errorf("recovered %+v, want first %d", r, next)
 	}
 }
+
+// TestReleaseNeedsItsOwnGroup: a sync that found nothing to write has not made a release durable, and must not let a
+// segment be recycled: after a crash the log would begin behind what it says was released.
+func TestReleaseNeedsItsOwnGroup(t *testing.T) {
+	fs := waltest.New(0)
+	cfg := testConfig(fs)
+	w := mustOpen(t, cfg)
+	must(t, w.Prepare())
+	for w.Stats().Groups < 3 || w.Stats().Free > cfg.MaxBytes-20<<10 { // into the second segment
+		mustAppend(t, w, wal.Durable)
+		must(t, w.Commit())
+	}
+	next := w.Stats().Next
+	must(t, w.Release(next))
+	must(t, w.Commit()) // writes nothing
+	must(t, w.Prepare())
+	fs.Crash(nil)
+	again := mustOpen(t, onBoot(cfg, "another"))
+	if r := again.Recovered(); r.First > next {
+		t.Errorf("recovered %+v, released below %d", r, next)
+	}
+	if n := again.Recovered().First; n >= next {
+		t.Errorf("first is %d: the release was not durable", n)
+	}
+}
