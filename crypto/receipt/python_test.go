@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -348,7 +349,10 @@ func TestPythonUsage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	long := append([]byte{1}, make([]byte, 33)...)
+	hash := sha256.Sum256(append([]byte(testOrigin+"\n"), long...))
 	for name, policy := range map[string]string{
+		"a long key":                   fmt.Sprintf("log %s+%x+%s\n", testOrigin, hash[:4], base64.StdEncoding.EncodeToString(long)),
 		"no log":                       "quorum none\n",
 		"a witness":                    string(l.PolicyText()) + "witness w " + receipttest.Witness(t, "w", "w", l.Now).VKey + "\nquorum w\n",
 		"a typo":                       "logg " + testKeys.identity.VKey + "\n",

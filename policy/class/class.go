@@ -50,7 +50,7 @@ type Result struct {
 	Class policy.Class // ClassUnknown if Err is set
 	Rule  string       // name of the rule that matched or failed, "route:" and the route's name, or one of the constants above
 	// Err is empty, or why the request has to be refused: policy.ReasonClassRule (a rule failed or cost too much),
-	// policy.ReasonBodyMode (the route is classified by body, and the body did not come) or policy.ReasonUnknownClass.
+	// policy.ReasonBodyMode (the route is classified by body, and Envoy does not send it) or policy.ReasonUnknownClass.
 	Err policy.Reason
 	// Detail says more about ReasonClassRule, for logs: CEL's own message. It may quote the request. Otherwise empty.
 	Detail string
