@@ -184,18 +184,20 @@ func (l *Log) newDaily(ctx context.Context, pred *dailyKey, size uint64, root re
 // settleDaily brings the statement of the key in force into the log if a crash or the very first start left it out, and
 // rotates when the key has used up two thirds of its age.
 func (l *Log) settleDaily(ctx context.Context) error {
+	l.rotateMu.Lock()
+	defer l.rotateMu.Unlock()
 	var next dailyKey
 	if ok, err := l.store.getMeta("daily-next", &next); err != nil {
 		return err
 	} else if ok {
 		return l.activate(ctx, next)
 	}
-	if !l.dailyCur.Logged {
-		return l.activate(ctx, l.dailyCur)
+	cur := l.currentDaily()
+	if !cur.Logged {
+		return l.activate(ctx, cur)
 	}
-	life := l.dailyCur.NotAfter.Sub(l.dailyCur.NotBefore)
-	if l.clock.now().Sub(l.dailyCur.NotBefore) >= life*2/3 {
-		return l.RotateDaily(ctx)
+	if life := cur.NotAfter.Sub(cur.NotBefore); l.clock.now().Sub(cur.NotBefore) >= life*2/3 {
+		return l.rotate(ctx, cur)
 	}
 	return nil
 }
@@ -205,11 +207,15 @@ func (l *Log) settleDaily(ctx context.Context) error {
 func (l *Log) RotateDaily(ctx context.Context) error {
 	l.rotateMu.Lock()
 	defer l.rotateMu.Unlock()
+	return l.rotate(ctx, l.currentDaily())
+}
+
+// rotate replaces cur. The caller holds rotateMu.
+func (l *Log) rotate(ctx context.Context, cur dailyKey) error {
 	cp, err := l.checkpoint(ctx)
 	if err != nil {
 		return fmt.Errorf("rotate daily key: %w", err)
 	}
-	cur := l.currentDaily()
 	next, err := l.newDaily(ctx, &cur, cp.size, cp.root)
 	if err != nil {
 		return fmt.Errorf("rotate daily key: %w", err)
@@ -221,7 +227,7 @@ func (l *Log) RotateDaily(ctx context.Context) error {
 	return l.activate(ctx, next)
 }
 
-// activate logs the statement of k, waits until it is integrated and makes k the key in force.
+// activate logs the statement of k, waits until it is integrated and makes k the key in force. The caller holds rotateMu.
 func (l *Log) activate(ctx context.Context, k dailyKey) error {
 	idx, err := l.addLeaf(ctx, k.Statement)
 	if err != nil {

@@ -86,7 +86,7 @@ type Log struct {
 	clock    *clock
 	identity note.Signer
 	daily    *dailySigner
-	rotateMu sync.Mutex
+	rotateMu sync.Mutex // held while the daily key changes
 
 	add       tessera.AddFn
 	stopLog   func(context.Context) error

@@ -248,8 +248,8 @@ func (d *document) checkRoutes(c *configv1.Config) {
 				path+".policy.classify_body")
 		}
 		if timeout := r.GetTimeout().AsDuration(); timeout > c.GetLog().GetOutcomeTimeout().AsDuration() {
-			d.fault(fmt.Sprintf("%s.timeout, %v, is more than log.outcome_timeout, %v: the outcome would be recorded as unknown while the request runs",
-				path, timeout, c.GetLog().GetOutcomeTimeout().AsDuration()), path+".timeout", "log.outcome_timeout")
+			d.fault(fmt.Sprintf("%s.timeout, %v, is more than log.outcome_timeout, %v: "+
+				"the outcome would be recorded as unknown while the request runs", path, timeout, c.GetLog().GetOutcomeTimeout().AsDuration()), path+".timeout", "log.outcome_timeout")
 		}
 		if r.GetCluster() == "" {
 			continue
