@@ -301,6 +301,62 @@ func TestStateBehindLog(t *testing.T) {
 	}
 }
 
+// TestWALReplaced deletes the WAL alone: its numbers would be given out twice.
+func TestWALReplaced(t *testing.T) {
+	f := newFixture(t)
+	f.open()
+	f.bundle(f.decide(wal.Durable, "r"), 1)
+	f.close()
+	if err := os.RemoveAll(filepath.Join(f.cfg.Dir, "wal")); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := Open(t.Context(), f.cfg); err == nil || !strings.Contains(err.Error(), "replaced or restored alone") {
+		t.Errorf("opened: %v, %v", l, err)
+	}
+}
+
+// TestMachineCrash loses what was not synced: R1 decisions that went with it are declared by range, W1 decisions are there.
+func TestMachineCrash(t *testing.T) {
+	fs := waltest.New(0)
+	f := newFixture(t)
+	f.cfg.WALFS = fs
+	f.cfg.SealEvery = time.Hour // nothing is sealed before the crash
+	l := f.open()
+	warm := f.decide(wal.Durable, "warm")
+	eventually(t, "a quiet WAL", func() bool { s := l.wal.Stats(); return s.Durable == s.Next })
+	fs.FailNth(waltest.OpSync, 1, waltest.Fault{Err: errors.New("the machine dies")})
+	hot := f.decide(wal.Written, "hot")
+	after := fs.Clone()
+	eventually(t, "the fault", func() bool { return l.Refusing() != nil })
+	f.stop()
+	<-f.done
+	l.Close(context.Background())
+	after.Crash(nil) // everything unsynced is gone
+	f.cfg.WALFS, f.cfg.SealEvery = after, 100*time.Millisecond
+	f.cfg.BootID = func() (string, error) { return "the next boot", nil }
+	l = f.open()
+	f.bundle(warm, 2)
+	if _, err := l.Get(t.Context(), hot); !errors.Is(err, ErrNotFound) {
+		t.Errorf("the hot decision: %v, want it lost", err)
+	}
+	f.close()
+	f.fsckClean()
+	s, err := openStore(f.cfg.Dir, f.cfg.Log, nil, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	declared := false
+	for n := range uint64(100) {
+		if h, ok, _ := s.parseHeaderAt(n); ok && h.LostFrom <= 2 && h.LostTo > 2 {
+			declared = true
+		}
+	}
+	if !declared {
+		t.Error("no header declares ordinal 2 lost")
+	}
+}
+
 // TestDailyAge moves the clock: a daily key past its age never signs, whichever way the wall clock jumps, and a new one takes over.
 func TestDailyAge(t *testing.T) {
 	var offset atomic.Int64

@@ -70,8 +70,9 @@ type Config struct {
 	Log *slog.Logger
 	Now func() time.Time // default time.Now
 
-	BlockFS vfs.FS // default the operating system's; tests give one that fails
-	WALFS   wal.FS // likewise
+	BlockFS vfs.FS                 // default the operating system's; tests give one that fails
+	WALFS   wal.FS                 // likewise
+	BootID  func() (string, error) // names the kernel's boot; default the kernel's own word
 }
 
 // Log is one replica's receipt log. Methods are safe for concurrent use once Open has returned.
@@ -179,7 +180,7 @@ func Open(ctx context.Context, cfg Config) (_ *Log, err error) {
 	}
 	undo = append(undo, l.store.close)
 	if l.wal, err = wal.Open(wal.Config{
-		Dir: filepath.Join(cfg.Dir, "wal"), SegmentBytes: cfg.SegmentBytes, MaxBytes: cfg.MaxBytes, FS: cfg.WALFS, Log: l.log,
+		Dir: filepath.Join(cfg.Dir, "wal"), SegmentBytes: cfg.SegmentBytes, MaxBytes: cfg.MaxBytes, FS: cfg.WALFS, Log: l.log, BootID: cfg.BootID,
 		MaxRecordBytes: int(min(maxRecordBytes, cfg.SegmentBytes/8)),
 	}); err != nil {
 		return nil, fmt.Errorf("open receipt log: %w", err)
@@ -475,7 +476,10 @@ func (l *Log) Close(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, shutdownWait)
 	defer cancel()
-	if err := l.stopLog(ctx); err != nil {
+	// A log that has failed signs nothing, so there is no checkpoint to wait for.
+	if err := l.faulted(); err != nil {
+		errs = append(errs, err)
+	} else if err := l.stopLog(ctx); err != nil {
 		errs = append(errs, fmt.Errorf("publish the last checkpoint: %w: it is published after the next start", err))
 	}
 	l.cancelLog()

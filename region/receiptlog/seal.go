@@ -19,6 +19,7 @@ import (
 	"filippo.io/torchwood"
 
 	"github.com/knhk/sidecar/crypto/receipt"
+	"github.com/knhk/sidecar/region/wal"
 )
 
 var emptyRoot = receipt.Hash(rfc6962.DefaultHasher.EmptyRoot())
@@ -469,12 +470,18 @@ func (l *Log) recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	lost := l.wal.Recovered()
-	if lost.LostFrom == lost.LostTo { // none: the header says so with zeros
-		lost.LostFrom, lost.LostTo = 0, 0
+	found := l.wal.Recovered()
+	if found.Next < l.chain.Released {
+		return fmt.Errorf("open receipt log: the WAL ends at record %d, the blocks hold records up to %d: the WAL was replaced or restored alone; "+
+			"restore state_dir as a whole, or start a new one", found.Next, l.chain.Released)
+	}
+	// Ranges of R1 records that a machine crash may have taken along: the first in the open header, more in headers of their own.
+	lost := append([]wal.Range{}, found.Lost...)
+	if len(lost) == 0 {
+		lost = []wal.Range{{}} // none: the header says so with zeros
 	}
 	if crashed {
-		l.log.WarnContext(ctx, "recovering after a crash", "records_in_wal", replayed, "lost_from", lost.LostFrom, "lost_to", lost.LostTo)
+		l.log.WarnContext(ctx, "recovering after a crash", "records_in_wal", replayed, "lost", found.Lost)
 		l.counts.recovered.Add(replayed)
 		if behind {
 			l.log.ErrorContext(ctx, "local state is behind the log: the last incarnation is not continued")
@@ -492,8 +499,14 @@ func (l *Log) recover(ctx context.Context) error {
 	l.open = newBlock(leftover.n)
 	l.mu.Unlock()
 	// The open header comes first in its incarnation, records that could not be sealed in the last one follow it.
-	if err := l.seal(ctx, receipt.HeaderOpen, headerExtra{lostFrom: lost.LostFrom, lostTo: lost.LostTo}); err != nil {
-		return err
+	for i, r := range lost {
+		kind := receipt.HeaderOpen
+		if i > 0 {
+			kind = receipt.HeaderHeartbeat
+		}
+		if err := l.seal(ctx, kind, headerExtra{lostFrom: r.From, lostTo: r.To}); err != nil {
+			return err
+		}
 	}
 	if len(leftover.recs) > 0 {
 		l.mu.Lock()

@@ -397,6 +397,7 @@ func (w *WAL) Sync(ctx context.Context) error {
 // Release says that records with a number below next are safe elsewhere. Whole segments of such records are recycled once
 // the records and the fact of their release are durable. It needs no I/O and returns an error only for a next that has
 // not been handed out. A lower next than before changes nothing.
+// Its caller must not wait for an append first: a full log takes none until something is released.
 func (w *WAL) Release(next uint64) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()

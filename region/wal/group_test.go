@@ -180,6 +180,9 @@ func TestAssemble(t *testing.T) {
 		{"a later group says it was durable", []scanned{seg(1, 0, 1, 1, 10, "a", durable(11))}, "b", 0, nil, true},
 		{"the next segment says so", []scanned{seg(1, 0, 1, 1, 10, "a"), seg(2, 1, 12, 12, 20, "a", durable(12))}, "b", 0, nil, true},
 		{"segment missing in the middle", []scanned{seg(1, 0, 1, 1, 10, "a"), seg(3, 2, 20, 20, 30, "a", durable(20))}, "b", 0, nil, true},
+		{"segment without records missing in the middle", []scanned{
+			seg(1, 0, 1, 1, 10, "a"), seg(3, 2, 10, 10, 30, "a", durable(20)),
+		}, "b", 0, nil, true},
 		{"oldest segment missing", []scanned{seg(2, 1, 10, 10, 20, "a")}, "a", 0, nil, true},
 		{"oldest segment recycled", []scanned{seg(2, 1, 10, 10, 20, "a", released(10))}, "a", 20, nil, false},
 		{"groups behind the end, same boot", []scanned{seg(1, 0, 1, 1, 10, "a", orphans)}, "a", 0, nil, true},

@@ -1,6 +1,7 @@
 package wal_test
 
 import (
+	"bytes"
 	"errors"
 	"strings"
 	"testing"
@@ -128,5 +129,35 @@ func TestReleaseNeedsItsOwnGroup(t *testing.T) {
 	}
 	if n := again.Recovered().First; n >= next {
 		t.Errorf("first is %d: the release was not durable", n)
+	}
+}
+
+// TestReleaseAheadOfDurable releases records that are still pending, over a change of segments, and loses any part of them
+// in a crash: no group may have said that they were released, or the log would seem to end before its beginning.
+func TestReleaseAheadOfDurable(t *testing.T) {
+	fs := waltest.New(0)
+	cfg := testConfig(fs)
+	w := mustOpen(t, cfg)
+	must(t, w.Prepare())
+	for range 200 { // into the second segment, all of it pending
+		mustAppend(t, w, wal.Durable)
+	}
+	must(t, w.Release(w.Stats().Next))
+	fs.FailNth(waltest.OpSync, 1, waltest.Fault{Err: errDied, Persist: true})
+	before := fs.Clone()
+	if err := w.Commit(); !errors.Is(err, errDied) {
+		t.Fatal(err)
+	}
+	first := fs.Content(simDir + "/0000000000000001.wal")
+	if bytes.Equal(first, before.Content(simDir+"/0000000000000001.wal")) {
+		t.Fatal("the first segment was not written")
+	}
+	before.Kill()
+	before.Corrupt(simDir+"/0000000000000001.wal", first) // of all that was written, this much reached the disk
+	after := onBoot(cfg, "another")
+	after.FS = before
+	r := mustOpen(t, after).Recovered()
+	if r.First != 1 || r.LostFrom < 100 || r.LostTo <= 200 {
+		t.Errorf("recovered %+v", r)
 	}
 }

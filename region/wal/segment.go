@@ -10,10 +10,6 @@ import (
 // zeroes is what new segments are filled with, so that later syncs find every block written and no metadata to change.
 var zeroes [256 << 10]byte
 
-// fillBurst is how much of a new segment is written between syncs. One sync of 64 MiB held up the commits beside it for 15
-// to 290 ms, pieces of 4 MiB for 3 to 10.
-const fillBurst = 4 << 20
-
 var (
 	// errNoFile: MaxBytes is reached and nothing can be recycled yet.
 	errNoFile = errors.New("no segment can be recycled")
@@ -148,11 +144,6 @@ func (w *WAL) fill(ctx context.Context, f File) error {
 		n := min(int64(len(zeroes)), w.cfg.SegmentBytes-off)
 		if _, err := f.WriteAt(zeroes[:n], off); err != nil {
 			return err
-		}
-		if (off+n)%fillBurst == 0 {
-			if err := f.Sync(); err != nil {
-				return err
-			}
 		}
 	}
 	return nil
