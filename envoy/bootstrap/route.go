@@ -98,9 +98,15 @@ func oneRoute(cfg *configv1.Config, r *configv1.Route, prefix string) (*routev3.
 	if err != nil {
 		return nil, err
 	}
+	match := &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: prefix}}
+	if r.GetPolicy().GetExclude() {
+		// The whole path, not a prefix: what follows one (";x", "%3b", "/..;") is read differently by upstreams, and would reach
+		// them without a receipt.
+		match.PathSpecifier = &routev3.RouteMatch_Path{Path: prefix}
+	}
 	route := &routev3.Route{
 		Name:   r.GetName(),
-		Match:  &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: prefix}},
+		Match:  match,
 		Action: &routev3.Route_Route{Route: action},
 	}
 	if override != nil {

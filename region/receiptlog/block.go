@@ -45,6 +45,7 @@ type pendingRef struct {
 	at    time.Time
 	block uint64
 	pos   uint32
+	late  bool // not the first outcome of its decision, which then stands anywhere
 }
 
 // addDecision encodes d and its evidence and returns the WAL entry, which is valid until the next call.
@@ -127,7 +128,7 @@ func (b *block) replay(seq uint64, entry []byte, pending *pendingSet) error {
 		}
 		ref, ok := pending.claim(uuid)
 		if !ok {
-			ref = pendingRef{block: b.n} // late: found again through the id index
+			ref = pendingRef{late: true}
 		}
 		b.add(rec{uuid: uuid, seq: seq, leaf: leaf, ref: ref}, o.Time)
 	default:

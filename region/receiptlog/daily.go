@@ -15,6 +15,9 @@ import (
 // MaxDailyAge is the longest a daily key may sign.
 const MaxDailyAge = 24 * time.Hour
 
+// rotateRetry is the time between two tries to replace the daily key.
+const rotateRetry = 15 * time.Second
+
 // ErrKeyExpired is returned by the daily signer once its key is past its age: nothing extends it but a new key.
 var ErrKeyExpired = errors.New("daily key is past its age and refuses to sign")
 
@@ -149,10 +152,15 @@ func (l *Log) daySigner(ctx context.Context, k dailyKey) (note.Signer, error) {
 
 // newDaily makes a key version and its statement over the given checkpoint. pred is nil for the first key of the log.
 func (l *Log) newDaily(ctx context.Context, pred *dailyKey, size uint64, root receipt.Hash) (dailyKey, error) {
-	v, err := l.cfg.Daily.Create(ctx, l.cfg.DailyLabel, l.cfg.DailyAlgorithm)
-	if err != nil {
-		return dailyKey{}, fmt.Errorf("make daily key: %w", err)
+	// A version that could not be stated is tried again: a token has room for few keys, and failures come in numbers.
+	if l.spare == nil {
+		v, err := l.cfg.Daily.Create(ctx, l.cfg.DailyLabel, l.cfg.DailyAlgorithm)
+		if err != nil {
+			return dailyKey{}, fmt.Errorf("make daily key: %w", err)
+		}
+		l.spare = &v
 	}
+	v := *l.spare
 	vkey, err := keys.VKey(l.id.Origin, v.Public)
 	if err != nil {
 		return dailyKey{}, fmt.Errorf("make daily key: %w", err)
@@ -178,6 +186,7 @@ func (l *Log) newDaily(ctx context.Context, pred *dailyKey, size uint64, root re
 	if k.Statement, err = receipt.SignKeyStatement(&st, l.identity, predSigner); err != nil {
 		return dailyKey{}, fmt.Errorf("state daily key: %w", err)
 	}
+	l.spare = nil
 	return k, nil
 }
 
@@ -196,10 +205,15 @@ func (l *Log) settleDaily(ctx context.Context) error {
 	if !cur.Logged {
 		return l.activate(ctx, cur)
 	}
-	if life := cur.NotAfter.Sub(cur.NotBefore); l.clock.now().Sub(cur.NotBefore) >= life*2/3 {
-		return l.rotate(ctx, cur)
+	now := l.clock.now()
+	if life := cur.NotAfter.Sub(cur.NotBefore); now.Sub(cur.NotBefore) < life*2/3 || now.Before(l.rotateAgain) {
+		return nil
 	}
-	return nil
+	err := l.rotate(ctx, cur)
+	if err != nil {
+		l.rotateAgain = now.Add(rotateRetry)
+	}
+	return err
 }
 
 // RotateDaily replaces the daily key: a new version is made and stated in the log, signed by the identity key and its

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -54,6 +55,7 @@ func TestOpenRefuses(t *testing.T) {
 	}{
 		{"another identity key under the log", "the identity key of a log never changes", func(c *Config) { c.Identity = other }},
 		{"another origin", "an origin is for ever", func(c *Config) { c.Origin = "example.com/other" }},
+		{"another instance", "receipt ids carry the name", func(c *Config) { c.Instance = "b" }},
 		{"a directory with something else in it", "no VERSION file", func(c *Config) {
 			c.Dir = t.TempDir()
 			os.WriteFile(filepath.Join(c.Dir, "precious"), nil, 0o600)
@@ -299,6 +301,137 @@ func TestStateBehindLog(t *testing.T) {
 	if !gone {
 		t.Errorf("fsck does not name the forgotten block: %+v", r.Problems)
 	}
+}
+
+// TestTooLarge refuses what could not be read back or written, before anything of it is anywhere.
+func TestTooLarge(t *testing.T) {
+	f := newFixture(t)
+	l := f.open()
+	before := f.decide(wal.Durable, "before")
+	for name, c := range map[string]struct {
+		d receipt.Decision
+		r receipt.Request
+	}{
+		"more evidence than is kept":         {r: receipt.Request{Path: strings.Repeat("x", 97<<10)}},
+		"evidence that escapes to too much":  {r: receipt.Request{Path: strings.Repeat("\"", 80<<10)}},
+		"a decision that could not be read":  {d: receipt.Decision{SPIFFEID: strings.Repeat("x", 70<<10)}},
+		"both together for a segment's part": {d: receipt.Decision{Route: strings.Repeat("x", 60<<10)}, r: receipt.Request{Path: strings.Repeat("y", 90<<10)}},
+	} {
+		c.d.Class, c.d.Verdict, c.d.Reason, c.d.Capture = "W1", "admit", "ok", "lean"
+		if err := l.Decide(t.Context(), wal.Durable, &c.d, &c.r); !errors.Is(err, ErrTooLarge) || c.d.ID != "" {
+			t.Errorf("%s: %v, id %q", name, err, c.d.ID)
+		}
+	}
+	id := f.decide(wal.Durable, "after")
+	if err := l.Outcome(t.Context(), id, &policy.Outcome{Source: "als", Result: policy.ResultComplete, Details: strings.Repeat("x", 70<<10)}); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("outcome: %v", err)
+	}
+	f.outcome(id, 200)
+	f.bundle(before, 1)
+	f.bundle(id, 2)
+	f.close()
+	f.fsckClean()
+}
+
+// TestClockSetBack corrects a clock that was an hour fast: receipts of before and after are found by their ids.
+func TestClockSetBack(t *testing.T) {
+	var offset atomic.Int64
+	offset.Store(int64(time.Hour))
+	f := newFixture(t)
+	f.cfg.Now = func() time.Time { return time.Now().Add(time.Duration(offset.Load())) }
+	f.open()
+	fast := f.decide(wal.Durable, "fast")
+	f.bundle(fast, 1)
+	f.close()
+	offset.Store(0)
+	f.open()
+	right := f.decide(wal.Durable, "right")
+	f.bundle(fast, 1)
+	f.bundle(right, 1)
+	if sums, err := f.log.List(t.Context(), 10, ""); err != nil || len(sums) != 2 {
+		t.Errorf("list: %d receipts, %v", len(sums), err)
+	}
+}
+
+// TestLateOutcomes gives many late outcomes at once: one of them is recorded.
+func TestLateOutcomes(t *testing.T) {
+	f := newFixture(t)
+	f.cfg.OutcomeTimeout = 300 * time.Millisecond
+	l := f.open()
+	id := f.decide(wal.Durable, "r")
+	f.bundle(id, 2)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			l.Outcome(context.Background(), id, &policy.Outcome{Source: "als", Result: policy.ResultComplete, Status: 200})
+		})
+	}
+	wg.Wait()
+	if v := f.bundle(id, 3); len(v.Outcomes) != 2 {
+		t.Errorf("%d outcomes", len(v.Outcomes))
+	}
+	f.close()
+	f.open() // and it is found again far from its decision
+	for range 10 {
+		f.bundle(f.decide(wal.Durable, "more"), 1)
+	}
+	f.bundle(id, 3)
+	f.close()
+	f.fsckClean()
+}
+
+// TestUnsignedOverRestart: how long records have gone unsigned does not begin again with a restart.
+func TestUnsignedOverRestart(t *testing.T) {
+	f := newFixture(t)
+	k := &flakyKey{Signer: f.cfg.Identity}
+	f.cfg.Identity, f.cfg.MaxUnsigned = k, time.Hour
+	l := f.open()
+	f.bundle(f.decide(wal.Durable, "signed"), 1)
+	k.away.Store(true)
+	id := f.decide(wal.Durable, "unsigned")
+	eventually(t, "a sealed block", func() bool { s, err := l.Get(t.Context(), id); return err == nil && s.State == StateSealed })
+	time.Sleep(1100 * time.Millisecond) // the age that must be remembered
+	f.stop()
+	<-f.done
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel() // no waiting for a signature
+	l.Close(ctx)
+	f.cfg.MaxUnsigned = time.Second
+	l, err := Open(t.Context(), f.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !errors.Is(l.Refusing(), ErrUnsigned) {
+		t.Errorf("after the restart: %v, unsigned for %v", l.Refusing(), l.UnsignedAge())
+	}
+	k.away.Store(false)
+	if err := l.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+	f.log = nil
+	f.fsckClean()
+}
+
+// TestRotationFails keeps failing to state a new daily key: the token must not fill up with keys.
+func TestRotationFails(t *testing.T) {
+	f := newFixture(t)
+	k := &flakyKey{Signer: f.cfg.Identity}
+	f.cfg.Identity = k
+	l := f.open()
+	k.away.Store(true)
+	for range 5 {
+		if err := l.RotateDaily(t.Context()); !errors.Is(err, keys.ErrUnavailable) {
+			t.Errorf("rotate: %v", err)
+		}
+	}
+	if vs, err := f.store.Versions(t.Context(), "daily"); err != nil || len(vs) != 2 {
+		t.Errorf("%d versions of the daily key, %v: want the one in force and one to be stated", len(vs), err)
+	}
+	k.away.Store(false)
+	if err := l.RotateDaily(t.Context()); err != nil {
+		t.Error(err)
+	}
+	f.bundle(f.decide(wal.Durable, "r"), 1)
 }
 
 // TestWALReplaced deletes the WAL alone: its numbers would be given out twice.

@@ -195,6 +195,9 @@ func (a *audit) chain(where string, h *receipt.Header, hash receipt.Hash) {
 	case last.Kind == receipt.HeaderFinal:
 		a.problem(headerName(h), "follows the final header of its incarnation")
 	}
+	if h.Instance != a.id.Instance {
+		a.problem(headerName(h), "is of instance %q, this log is of %q", h.Instance, a.id.Instance)
+	}
 	if h.Prev != a.prev {
 		a.problem(headerName(h), "does not follow the header before it")
 	}

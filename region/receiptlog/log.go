@@ -1,6 +1,7 @@
 package receiptlog
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -17,6 +18,7 @@ import (
 	"github.com/transparency-dev/tessera"
 	"github.com/transparency-dev/tessera/storage/posix"
 	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/sys/unix"
 
 	"github.com/knhk/sidecar/crypto/keys"
 	"github.com/knhk/sidecar/crypto/receipt"
@@ -34,6 +36,9 @@ const (
 	checkpointPoll  = 100 * time.Millisecond
 	maxRequestBytes = 96 << 10 // of evidence; Envoy's own limit for all headers is 60 KiB by default
 	maxRecordBytes  = 512 << 10
+	walOverhead     = 16       // kind and length before a leaf
+	minFree         = 16 << 20 // bytes of disk below which nothing is admitted
+	sealFree        = 4 << 20  // bytes of disk that must be left after a block
 )
 
 // Errors of Decide that callers branch on. Each carries the reason with which the request is refused.
@@ -77,17 +82,19 @@ type Config struct {
 
 // Log is one replica's receipt log. Methods are safe for concurrent use once Open has returned.
 type Log struct {
-	cfg      Config
-	log      *slog.Logger
-	id       identity
-	logID    [16]byte
-	lock     *os.File
-	store    *store
-	wal      *wal.WAL
-	clock    *clock
-	identity note.Signer
-	daily    *dailySigner
-	rotateMu sync.Mutex // held while the daily key changes
+	cfg         Config
+	log         *slog.Logger
+	id          identity
+	logID       [16]byte
+	lock        *os.File
+	store       *store
+	wal         *wal.WAL
+	clock       *clock
+	identity    note.Signer
+	daily       *dailySigner
+	rotateMu    sync.Mutex    // held while the daily key changes; guards the next two
+	spare       *keys.Version // made, but not stated yet
+	rotateAgain time.Time
 
 	add       tessera.AddFn
 	stopLog   func(context.Context) error
@@ -95,10 +102,11 @@ type Log struct {
 	reader    tessera.LogReader
 	trees     *lru.Cache[uint64, *receipt.Tree] // by block number
 	refusing  atomic.Pointer[error]             // why Decide refuses; nil when it does not
-	lastID    atomic.Int64                      // latest millisecond given to a receipt id
 	decisions atomic.Uint64
 	blocks    atomic.Uint64 // blocks written, all incarnations
 	counts    counts
+	maxRecord int         // bytes of one WAL record
+	lateMu    sync.Mutex  // held while an outcome is looked for and written that is not the first
 	followed  atomic.Bool // subscribers is not empty
 
 	// mu guards what follows. It is taken inside the WAL's append lock, so records enter open in the order of their ordinals.
@@ -149,7 +157,7 @@ func Open(ctx context.Context, cfg Config) (_ *Log, err error) {
 	if cfg.SealEvery <= 0 || cfg.Heartbeat <= 0 || cfg.MaxUnsigned <= 0 || cfg.OutcomeTimeout <= 0 {
 		return nil, errors.New("open receipt log: seal, heartbeat, max_unsigned and outcome_timeout must be positive")
 	}
-	l := &Log{cfg: cfg, log: cfg.Log, subscribers: map[chan<- Event]struct{}{}, wake: make(chan struct{}, 1)}
+	l := &Log{cfg: cfg, log: cfg.Log, maxRecord: int(min(maxRecordBytes, cfg.SegmentBytes/8)), subscribers: map[chan<- Event]struct{}{}, wake: make(chan struct{}, 1)}
 	var undo []func() error
 	defer func() {
 		if err != nil {
@@ -162,7 +170,10 @@ func Open(ctx context.Context, cfg Config) (_ *Log, err error) {
 		return nil, err
 	}
 	undo = append(undo, l.lock.Close)
-	l.id, err = loadIdentity(cfg.Dir, cfg.Origin, func(origin string) (string, error) { return keys.VKey(origin, cfg.Identity.Public()) })
+	if err := l.room(); err != nil {
+		return nil, fmt.Errorf("open receipt log: %w", err)
+	}
+	l.id, err = loadIdentity(cfg.Dir, cfg.Origin, cfg.Instance, func(origin string) (string, error) { return keys.VKey(origin, cfg.Identity.Public()) })
 	if err != nil {
 		return nil, err
 	}
@@ -181,7 +192,7 @@ func Open(ctx context.Context, cfg Config) (_ *Log, err error) {
 	undo = append(undo, l.store.close)
 	if l.wal, err = wal.Open(wal.Config{
 		Dir: filepath.Join(cfg.Dir, "wal"), SegmentBytes: cfg.SegmentBytes, MaxBytes: cfg.MaxBytes, FS: cfg.WALFS, Log: l.log, BootID: cfg.BootID,
-		MaxRecordBytes: int(min(maxRecordBytes, cfg.SegmentBytes/8)),
+		MaxRecordBytes: l.maxRecord,
 	}); err != nil {
 		return nil, fmt.Errorf("open receipt log: %w", err)
 	}
@@ -254,33 +265,33 @@ func (l *Log) Refusing() error {
 	return nil
 }
 
-func (l *Log) refuse(err error) { l.refusing.Store(&err) }
+// refuse makes Decide refuse for a reason that may pass; a reason that is there already stays.
+func (l *Log) refuse(err error) bool { return l.refusing.CompareAndSwap(nil, &err) }
 
-// Stop makes Decide refuse with ErrStopping; outcomes are still taken. The first step of a shutdown.
-func (l *Log) Stop() {
-	if l.faulted() == nil {
-		l.refuse(ErrStopping)
+// latch makes Decide refuse for good. A fault is never overwritten: only a restart, which audits the state, ends it.
+func (l *Log) latch(err error) bool {
+	for {
+		cur := l.refusing.Load()
+		if cur != nil && errors.Is(*cur, ErrUnavailable) {
+			return false
+		}
+		if l.refusing.CompareAndSwap(cur, &err) {
+			return true
+		}
 	}
 }
 
-// NewID makes a receipt id for now: a UUIDv7 whose time never goes backwards, which lookups rely on, and the instance.
-func (l *Log) NewID() (string, [16]byte, error) {
-	ms := l.cfg.Now().UnixMilli()
-	for {
-		last := l.lastID.Load()
-		if ms <= last {
-			ms = last
-			break
-		}
-		if l.lastID.CompareAndSwap(last, ms) {
-			break
-		}
-	}
+// Stop makes Decide refuse with ErrStopping; outcomes are still taken. The first step of a shutdown.
+func (l *Log) Stop() { l.latch(ErrStopping) }
+
+// newID makes a receipt id for now: a UUIDv7 and the instance. now is the log's own clock, which never goes back and which
+// blocks are dated by: lookups rely on it.
+func (l *Log) newID(now time.Time) (string, [16]byte, error) {
 	var r [10]byte
 	if _, err := rand.Read(r[:]); err != nil {
 		return "", [16]byte{}, fmt.Errorf("make receipt id: %w", err)
 	}
-	id := receipt.NewID(time.UnixMilli(ms), &r, l.cfg.Instance)
+	id := receipt.NewID(now, &r, l.cfg.Instance)
 	uuid, _, err := receipt.ParseID(id)
 	return id, uuid, err
 }
@@ -302,17 +313,21 @@ func (l *Log) Decide(ctx context.Context, level Level, d *receipt.Decision, req 
 	if _, err := rand.Read(r[:]); err != nil {
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
-	id, uuid, err := l.NewID()
+	now := l.clock.now()
+	id, uuid, err := l.newID(now)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
-	d.ID, d.Origin, d.Time = id, l.id.Origin, l.clock.now()
+	d.Origin, d.Time = l.id.Origin, now
 	copy(d.Nonce[:], r[:16])
 	salt := [32]byte(r[16:])
 	d.Request = req.Commit(&salt)
 	ev := receipt.EvidenceFor(id, &salt, req)
-	if err := d.Validate(); err != nil { // a record that cannot be read back must not be written
-		return fmt.Errorf("%w: %w", ErrUnavailable, err)
+	d.ID = id
+	// A record that cannot be read back, or that the WAL has no room for, must not get as far as the block.
+	if err := cmp.Or(d.Validate(), l.fits(d, ev)); err != nil {
+		d.ID = ""
+		return err
 	}
 	t, err := l.wal.Append(level, false, func(seq uint64) []byte {
 		d.Ordinal = seq
@@ -329,6 +344,25 @@ func (l *Log) Decide(ctx context.Context, level Level, d *receipt.Decision, req 
 	l.publish(func() Event { return Event{ID: id, Leaf: receipt.AppendDecision(nil, d)} })
 	if err := t.Wait(ctx); err != nil {
 		return l.walError(err)
+	}
+	return nil
+}
+
+// fits says whether a decision and its evidence can be written and read back. Nearly always a bound on what JSON can make of them
+// settles it; else they are encoded to see.
+func (l *Log) fits(d *receipt.Decision, ev *receipt.Evidence) error {
+	const fixed, escaped = 2048, 6 // members of bounded length; bytes one byte can become
+	texts := len(d.Tenant) + len(d.Rule) + len(d.Reason) + len(d.SPIFFEID) + len(d.Route) + len(d.Cluster) + len(d.Origin) + len(d.ID)
+	values := 0
+	for _, f := range ev.Fields {
+		values += len(f.Value)
+	}
+	if fixed+escaped*(texts+values) <= min(receipt.MaxLeaf, l.maxRecord) {
+		return nil
+	}
+	leaf, evidence := len(receipt.AppendDecision(nil, d))+20, len(receipt.AppendEvidence(nil, ev)) // 20: the ordinal is not set yet
+	if leaf > receipt.MaxLeaf || evidence > receipt.MaxEvidence || leaf+evidence+walOverhead > l.maxRecord {
+		return fmt.Errorf("%w: a record of %d bytes with %d bytes of evidence", ErrTooLarge, leaf, evidence)
 	}
 	return nil
 }
@@ -350,10 +384,9 @@ func (l *Log) walError(err error) error {
 
 // fail latches: after a failed write or sync nothing is recorded, sealed or signed until a restart has re-audited the state.
 func (l *Log) fail(err error) {
-	if l.faulted() != nil {
+	if !l.latch(fmt.Errorf("%w until restarted: %w", ErrUnavailable, err)) {
 		return
 	}
-	l.refuse(fmt.Errorf("%w until restarted: %w", ErrUnavailable, err))
 	l.log.Error("receipt log stopped: nothing is recorded or signed until a restart has checked the state", "error", err)
 }
 
@@ -396,6 +429,9 @@ func (l *Log) Outcome(ctx context.Context, id string, o *policy.Outcome) error {
 		}
 		return err
 	}
+	// Rare from here on: a repetition, a late outcome, or one that expire has just claimed. One at a time.
+	l.lateMu.Lock()
+	defer l.lateMu.Unlock()
 	d, outcomes, err := l.find(uuid)
 	switch {
 	case err != nil:
@@ -408,7 +444,7 @@ func (l *Log) Outcome(ctx context.Context, id string, o *policy.Outcome) error {
 		return nil
 	}
 	l.counts.lateOutcomes.Add(1)
-	return l.writeOutcome(ctx, id, uuid, o, pendingRef{at: l.clock.now(), block: d.block, pos: d.pos}, true)
+	return l.writeOutcome(ctx, id, uuid, o, pendingRef{late: true}, true)
 }
 
 func (l *Log) writeOutcome(_ context.Context, id string, uuid [16]byte, o *policy.Outcome, ref pendingRef, late bool) error {
@@ -423,6 +459,10 @@ func (l *Log) writeOutcome(_ context.Context, id string, uuid [16]byte, o *polic
 	}
 	if err := rec.Validate(); err != nil {
 		return fmt.Errorf("record outcome of %s: %w", id, err)
+	}
+	const fixed, escaped = 2048, 6
+	if n := len(o.Flags) + len(o.Details) + len(o.Cluster) + len(o.UpstreamHost) + len(o.CacheStatus) + len(rec.Origin); fixed+escaped*n > min(receipt.MaxLeaf, l.maxRecord) {
+		return fmt.Errorf("record outcome of %s: %w: %d bytes of text", id, ErrTooLarge, n)
 	}
 	_, err := l.wal.Append(wal.Durable, true, func(seq uint64) []byte {
 		rec.Ordinal = seq
@@ -526,3 +566,24 @@ func (l *Log) Checkpoint() []byte {
 
 // Custody says in words where the daily keys live.
 func (l *Log) Custody() string { return l.cfg.Daily.Custody() }
+
+// room says whether the volume of the state directory has room for more. Admission stops well before the block store would hit
+// the end of the disk: it could not go on, and could not be opened again either.
+func (l *Log) room() error {
+	free, err := freeBytes(l.cfg.Dir)
+	if err != nil {
+		return fmt.Errorf("%w: look at the disk of state_dir: %w", ErrUnavailable, err)
+	}
+	if free < minFree {
+		return fmt.Errorf("%w: %d MiB are free on the volume of state_dir %s, at least %d MiB are needed", ErrFull, free>>20, l.cfg.Dir, minFree>>20)
+	}
+	return nil
+}
+
+func freeBytes(dir string) (uint64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, err
+	}
+	return st.Bavail * uint64(st.Bsize), nil
+}

@@ -151,7 +151,9 @@ func (l *Log) findOutcomes(uuid [16]byte, n uint64) (out []*found, err error) {
 		return nil, fmt.Errorf("find outcome: %w", err)
 	}
 	for it.First(); it.Valid(); it.Next() {
-		blocks = append(blocks, binary.BigEndian.Uint64(it.Key()[17:]))
+		if m := binary.BigEndian.Uint64(it.Key()[17:]); m > n+farBlocks {
+			blocks = append(blocks, m)
+		}
 	}
 	if err := errors.Join(it.Error(), it.Close()); err != nil {
 		return nil, fmt.Errorf("find outcome: %w", err)

@@ -32,7 +32,8 @@ type chain struct {
 	Next        uint64       `json:"next"`     // local number of the next block
 	Time        time.Time    `json:"time"`     // of the last header; the durable floor of the clock
 	Released    uint64       `json:"released"` // WAL ordinals below this stand in blocks
-	Clean       bool         `json:"clean"`    // the incarnation was closed by a final header
+	Clean       bool         `json:"clean"`    // the incarnation ended in order
+	Closed      bool         `json:"closed"`   // it has a final header, be it the recovery's
 }
 
 type uncoveredBlock struct {
@@ -90,8 +91,11 @@ func (l *Log) runSealer(ctx context.Context) error {
 		}
 		kind := receipt.HeaderBlock
 		l.mu.Lock()
-		empty := len(l.open.recs) == 0
+		empty, size := len(l.open.recs) == 0, uint64(len(l.open.buf))
 		l.mu.Unlock()
+		if free, err := freeBytes(l.cfg.Dir); err == nil && free < sealFree+2*size {
+			continue // the records are safe in the WAL; a block store that runs into the end of the disk is not
+		}
 		if empty {
 			if l.clock.now().Sub(l.chain.Time) < l.cfg.Heartbeat {
 				continue
@@ -178,6 +182,7 @@ func (l *Log) commitBlock(ctx context.Context, b *block, kind string, x headerEx
 	}
 	leaf := receipt.AppendHeader(nil, &h)
 	c.Seq, c.Prev, c.Next, c.Time, c.Clean = c.Seq+1, receipt.LeafHash(leaf), b.n+1, h.Time, x.clean
+	c.Closed = kind == receipt.HeaderFinal
 
 	batch := l.store.db.NewBatch()
 	defer batch.Close()
@@ -237,12 +242,12 @@ func (l *Log) putRecords(batch *pebble.Batch, b *block) error {
 			}
 			continue
 		}
-		if r.ref.block == b.n {
+		if !r.ref.late && r.ref.block == b.n {
 			answered[r.ref.pos] = true
 			continue
 		}
 		errs = append(errs, batch.Delete(uuidKey(kPending, r.uuid), nil))
-		if b.n-r.ref.block > farBlocks {
+		if r.ref.late || b.n-r.ref.block > farBlocks {
 			errs = append(errs, batch.Set(binary.BigEndian.AppendUint64(uuidKey(kOutcome, r.uuid), b.n), nil, nil))
 		}
 	}
@@ -323,16 +328,25 @@ func (l *Log) runWatch(ctx context.Context) error {
 		if _, err := l.checkpoint(ctx); err != nil && ctx.Err() == nil {
 			l.log.WarnContext(ctx, "cannot read checkpoint", "error", err)
 		}
-		age := l.UnsignedAge()
-		cur := l.refusing.Load()
-		switch {
-		case age > l.cfg.MaxUnsigned && cur == nil:
-			l.refuse(fmt.Errorf("%w: %v, limit %v", ErrUnsigned, age.Round(time.Second), l.cfg.MaxUnsigned))
-			l.log.ErrorContext(ctx, "refusing requests: records are durable but unsigned", "age", age, "limit", l.cfg.MaxUnsigned)
-		case age <= l.cfg.MaxUnsigned && cur != nil && errors.Is(*cur, ErrUnsigned):
-			if l.refusing.CompareAndSwap(cur, nil) {
-				l.log.InfoContext(ctx, "taking requests again: records are signed")
-			}
+		l.judge(ctx)
+	}
+}
+
+// judge decides whether requests are taken: not while records have gone unsigned for too long, nor while the disk is nearly full.
+func (l *Log) judge(ctx context.Context) {
+	why := l.room()
+	if age := l.UnsignedAge(); age > l.cfg.MaxUnsigned {
+		why = fmt.Errorf("%w: %v, limit %v", ErrUnsigned, age.Round(time.Second), l.cfg.MaxUnsigned)
+	}
+	cur := l.refusing.Load()
+	switch {
+	case why != nil && cur == nil:
+		if l.refuse(why) {
+			l.log.ErrorContext(ctx, "refusing requests", "error", why)
+		}
+	case why == nil && cur != nil && (errors.Is(*cur, ErrUnsigned) || errors.Is(*cur, ErrFull)):
+		if l.refusing.CompareAndSwap(cur, nil) {
+			l.log.InfoContext(ctx, "taking requests again")
 		}
 	}
 }
@@ -429,10 +443,13 @@ func (l *Log) runExpiry(ctx context.Context) error {
 
 // expire records the outcome "unknown" for those of uuids that are still pending. ErrFull: try again soon.
 func (l *Log) expire(ctx context.Context, uuids [][16]byte, why string) error {
-	for _, u := range uuids {
+	one := func(u [16]byte) error {
+		// An outcome that comes between the claim and the record waits, and is then a late one.
+		l.lateMu.Lock()
+		defer l.lateMu.Unlock()
 		ref, ok := l.pending.claim(u)
 		if !ok {
-			continue
+			return nil
 		}
 		id := uuid.UUID(u).String() + "." + l.cfg.Instance
 		if err := l.writeOutcome(ctx, id, u, unknownOutcome(why), ref, false); err != nil {
@@ -440,6 +457,12 @@ func (l *Log) expire(ctx context.Context, uuids [][16]byte, why string) error {
 			return err
 		}
 		l.counts.unknownOutcomes.Add(1)
+		return nil
+	}
+	for _, u := range uuids {
+		if err := one(u); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -470,6 +493,9 @@ func (l *Log) recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := l.loadUncovered(ctx); err != nil {
+		return err
+	}
 	found := l.wal.Recovered()
 	if found.Next < l.chain.Released {
 		return fmt.Errorf("open receipt log: the WAL ends at record %d, the blocks hold records up to %d: the WAL was replaced or restored alone; "+
@@ -485,12 +511,14 @@ func (l *Log) recover(ctx context.Context) error {
 		l.counts.recovered.Add(replayed)
 		if behind {
 			l.log.ErrorContext(ctx, "local state is behind the log: the last incarnation is not continued")
-		} else if err := l.seal(ctx, receipt.HeaderFinal, headerExtra{recovered: true}); err != nil {
-			return err
+		} else if !l.chain.Closed || replayed > 0 { // a crash within the last recovery may have come after its final header
+			if err := l.seal(ctx, receipt.HeaderFinal, headerExtra{recovered: true}); err != nil {
+				return err
+			}
 		}
 		l.crashed = l.pending.before(l.clock.now().Add(time.Hour))
 	}
-	l.chain.Seq, l.chain.Clean = 0, false
+	l.chain.Seq, l.chain.Clean, l.chain.Closed = 0, false, false
 	if _, err := rand.Read(l.chain.Incarnation[:]); err != nil {
 		return fmt.Errorf("make incarnation: %w", err)
 	}
@@ -510,9 +538,10 @@ func (l *Log) recover(ctx context.Context) error {
 	}
 	if len(leftover.recs) > 0 {
 		l.mu.Lock()
+		old := leftover.n
 		leftover.n = l.open.n
 		for i := range leftover.recs {
-			if r := &leftover.recs[i]; !r.decision && r.ref.block == leftover.n-1 {
+			if r := &leftover.recs[i]; !r.decision && !r.ref.late && r.ref.block == old {
 				r.ref.block = leftover.n
 			}
 		}
@@ -526,8 +555,38 @@ func (l *Log) recover(ctx context.Context) error {
 	if err := errors.Join(l.settleDaily(ctx), l.addHeaders(ctx)); err != nil {
 		return fmt.Errorf("bring the log up to date: %w", err)
 	}
-	_, err = l.checkpoint(ctx)
-	return err
+	if _, err := l.checkpoint(ctx); err != nil {
+		return err
+	}
+	l.judge(ctx)
+	return nil
+}
+
+// loadUncovered queues the committed blocks that no signed checkpoint covers: how long records have gone unsigned does not begin
+// again with a restart.
+func (l *Log) loadUncovered(ctx context.Context) error {
+	var size uint64
+	if cp, err := l.checkpoint(ctx); err == nil {
+		size = cp.size
+	}
+	var queue []uncoveredBlock
+	for n := l.chain.Next; n > 0; n-- {
+		idx, known, err := l.store.index(n - 1)
+		if err != nil {
+			return err
+		}
+		if known && idx < size {
+			break
+		}
+		h, ok, err := l.store.parseHeaderAt(n - 1)
+		if err != nil || !ok {
+			return errors.Join(err, fmt.Errorf("block %d is missing: run knhk fsck", n-1))
+		}
+		queue = append(queue, uncoveredBlock{n - 1, h.Time})
+	}
+	slices.Reverse(queue)
+	l.uncovered.queue = queue
+	return nil
 }
 
 // matchLog finds out which of our headers at the end of the log we do not know to be there (a crash came between the add and

@@ -21,6 +21,7 @@ type identity struct {
 	Origin   string `json:"origin"`   // full origin, log id included
 	LogID    string `json:"log_id"`   // 16 bytes, hex
 	Identity string `json:"identity"` // verifier key of the identity key
+	Instance string `json:"instance"` // replica name in its receipt ids
 }
 
 func (id identity) logID() (out [16]byte) {
@@ -66,7 +67,7 @@ func checkVersion(dir string, create bool) error {
 			return fmt.Errorf("read state_dir: %w", err)
 		}
 		for _, e := range entries {
-			if e.Name() != "lock" {
+			if e.Name() != "lock" && e.Name() != "VERSION.tmp" { // what a crash in its first moment leaves
 				return fmt.Errorf("open state_dir %s: holds %q but no VERSION file: not a knhk state directory, give an empty one", dir, e.Name())
 			}
 		}
@@ -82,7 +83,7 @@ func checkVersion(dir string, create bool) error {
 
 // loadIdentity reads log.json, or makes it: a new directory is a new log. prefix is the configured origin, vkey makes the
 // identity key's verifier key for a full origin.
-func loadIdentity(dir, prefix string, vkey func(origin string) (string, error)) (identity, error) {
+func loadIdentity(dir, prefix, instance string, vkey func(origin string) (string, error)) (identity, error) {
 	path := filepath.Join(dir, "log.json")
 	id, err := readIdentity(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -90,7 +91,7 @@ func loadIdentity(dir, prefix string, vkey func(origin string) (string, error)) 
 		if _, err := rand.Read(raw[:]); err != nil {
 			return identity{}, fmt.Errorf("make log id: %w", err)
 		}
-		id = identity{LogID: hex.EncodeToString(raw[:])}
+		id = identity{LogID: hex.EncodeToString(raw[:]), Instance: instance}
 		id.Origin = prefix + "/" + id.LogID[:16]
 		if id.Identity, err = vkey(id.Origin); err != nil {
 			return identity{}, err
@@ -99,10 +100,11 @@ func loadIdentity(dir, prefix string, vkey func(origin string) (string, error)) 
 		if err != nil {
 			return identity{}, fmt.Errorf("encode log.json: %w", err)
 		}
-		if err := writeFile(path, append(b, '\n')); err != nil {
+		// log.json last: it says that the rest is there.
+		if err := writeFile(filepath.Join(dir, "policy"), policyText(id)); err != nil {
 			return identity{}, err
 		}
-		return id, writeFile(filepath.Join(dir, "policy"), policyText(id))
+		return id, writeFile(path, append(b, '\n'))
 	}
 	if err != nil {
 		return identity{}, err
@@ -110,6 +112,10 @@ func loadIdentity(dir, prefix string, vkey func(origin string) (string, error)) 
 	if want := prefix + "/" + id.LogID[:16]; id.Origin != want {
 		return identity{}, fmt.Errorf("open log: state_dir %s holds the log %s, the configuration says origin %s: "+
 			"an origin is for ever; give the new one its own state_dir", dir, id.Origin, prefix)
+	}
+	if id.Instance != instance {
+		return identity{}, fmt.Errorf("open log: state_dir %s belongs to instance %q, the configuration says %q: "+
+			"receipt ids carry the name; give the new one its own state_dir", dir, id.Instance, instance)
 	}
 	got, err := vkey(id.Origin)
 	if err != nil {
@@ -131,7 +137,7 @@ func readIdentity(dir string) (identity, error) {
 	if err := json.Unmarshal(b, &id, json.RejectUnknownMembers(true)); err != nil {
 		return identity{}, fmt.Errorf("read log.json: %w", err)
 	}
-	if raw, err := hex.DecodeString(id.LogID); err != nil || len(raw) != 16 || id.Origin == "" || id.Identity == "" {
+	if raw, err := hex.DecodeString(id.LogID); err != nil || len(raw) != 16 || id.Origin == "" || id.Identity == "" || id.Instance == "" {
 		return identity{}, fmt.Errorf("read log.json: damaged: log id %q, origin %q", id.LogID, id.Origin)
 	}
 	return id, nil

@@ -60,6 +60,7 @@ type Pipeline struct {
 	meter Meter
 	log   *slog.Logger
 	now   func() time.Time
+	base  time.Time // ticks count from here by the monotonic clock: a wall clock that is set changes nothing
 	rules atomic.Pointer[rules]
 	beat  *beat.Beat
 	tick  atomic.Int64 // length of a tick in nanoseconds
@@ -78,7 +79,7 @@ type rules struct {
 
 // New makes a Pipeline. It starts nothing; without Run nobody advances the beat and everything is refused.
 func New(cfg Config) (*Pipeline, error) {
-	p := &Pipeline{rec: cfg.Recorder, meter: cfg.Meter, log: cfg.Log, now: cfg.Now}
+	p := &Pipeline{rec: cfg.Recorder, meter: cfg.Meter, log: cfg.Log, now: cfg.Now, base: cfg.Now()}
 	b, err := beat.New(cfg.Policy.Credits())
 	if err != nil {
 		return nil, err
@@ -110,7 +111,8 @@ func (p *Pipeline) Run(ctx context.Context) error {
 	for {
 		length := time.Duration(p.tick.Load())
 		now := p.now()
-		tick := uint64(now.UnixNano()) / uint64(length)
+		at := p.since(now)
+		tick := uint64(at / length)
 		p.beat.Advance(tick)
 		p.held.expire(now, p.report)
 		p.finished.turn(now)
@@ -118,9 +120,14 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		case <-ctx.Done():
 			p.held.expire(now.Add(holdFor+time.Hour), p.report)
 			return nil
-		case <-time.After(time.Duration(tick+1)*length - time.Duration(now.UnixNano())):
+		case <-time.After(time.Duration(tick+1)*length - at):
 		}
 	}
+}
+
+// since is the time on the clock that ticks are numbered by: it begins at the wall clock's time and goes on monotonically.
+func (p *Pipeline) since(now time.Time) time.Duration {
+	return time.Duration(p.base.UnixNano()) + now.Sub(p.base)
 }
 
 // Plan says how the transactions of an Envoy route are captured.
@@ -188,7 +195,7 @@ const statusClientGone = 499
 // park waits for the tick whose credit was taken.
 func (p *Pipeline) park(ctx context.Context, tick uint64, length time.Duration) (time.Duration, error) {
 	start := p.now()
-	t := time.NewTimer(time.Duration(tick)*length - time.Duration(start.UnixNano()))
+	t := time.NewTimer(time.Duration(tick)*length - p.since(start))
 	defer t.Stop()
 	select {
 	case <-ctx.Done():
@@ -249,7 +256,7 @@ func (p *Pipeline) unrecorded(r *rules, route *config.RoutePolicy, d policy.Deci
 	reason := reasonOf(err)
 	p.logOnce(string(reason), "decision cannot be recorded", "reason", reason, "error", err)
 	d = policy.Decision{Class: d.Class, Rule: d.Rule, Verdict: policy.Refuse, Reason: reason, Status: http.StatusServiceUnavailable, RetryAfter: time.Second}
-	if reason == policy.ReasonTooLarge {
+	if reason == policy.ReasonTooLarge && !r.cfg.DryRun {
 		// The client's doing, not a failure of ours: on_receipt_failure does not apply, or a client could choose to go unrecorded.
 		d.Status, d.RetryAfter = http.StatusRequestHeaderFieldsTooLarge, 0
 		return d

@@ -956,7 +956,7 @@ type Route struct {
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// What knhk decides about it.
 	Policy *RoutePolicy `protobuf:"bytes,2,opt,name=policy,proto3" json:"policy,omitempty"`
-	// Path prefix that `knhk bootstrap` matches. Default "/".
+	// Path prefix that `knhk bootstrap` matches. Default "/". For an excluded route it is the whole path: nothing below it is excluded.
 	Prefix string `protobuf:"bytes,3,opt,name=prefix,proto3" json:"prefix,omitempty"`
 	// Name of the cluster under envoy.clusters that `knhk bootstrap` sends it to. Empty: `knhk bootstrap` leaves this route out.
 	Cluster string `protobuf:"bytes,4,opt,name=cluster,proto3" json:"cluster,omitempty"`
