@@ -52,7 +52,7 @@ func start(t *testing.T, edit func(*configv1.Config), after ...func(*bootstrapv3
 			{Name: "allow", Cluster: "up", Prefix: "/allow/",
 				Policy: &configv1.RoutePolicy{OnReceiptFailure: configv1.OnReceiptFailure_ALLOW}},
 			{Name: "body", Cluster: "up", Prefix: "/body/", Policy: &configv1.RoutePolicy{ClassifyBody: true}},
-			{Name: "off", Cluster: "up", Prefix: "/off/", Policy: &configv1.RoutePolicy{Exclude: true}},
+			{Name: "off", Cluster: "up", Prefix: "/off/do/forge", Policy: &configv1.RoutePolicy{Exclude: true}},
 			{Name: "ws", Cluster: "up", Prefix: "/ws/", Websocket: true},
 			{Name: "hop", Cluster: "up", Prefix: "/hop/", InternalRedirects: 2},
 			{Name: "rpc", Cluster: "rpc", Prefix: "/grpc.testing.TestService/"},
@@ -456,7 +456,7 @@ func TestOptIn(t *testing.T) {
 		c.DefaultRoute = &configv1.RoutePolicy{Exclude: true}
 		c.Routes = []*configv1.Route{
 			{Name: "on", Cluster: "up", Prefix: "/on/"},
-			{Name: "off", Cluster: "up", Prefix: "/off/", Policy: &configv1.RoutePolicy{Exclude: true}},
+			{Name: "off", Cluster: "up", Prefix: "/off/do/forge", Policy: &configv1.RoutePolicy{Exclude: true}},
 		}
 	})
 	for _, c := range []struct {

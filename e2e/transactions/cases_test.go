@@ -29,6 +29,7 @@ class_rules:
 - {name: fails, when: 'path.startsWith("/celfail") && int(path) > 0', class: R1}
 routes:
 - {name: health, prefix: /healthz, cluster: up, policy: {exclude: true}}
+- {name: probe, prefix: /probe/do/forge, cluster: up, policy: {exclude: true}}
 - {name: hot, prefix: /hot, cluster: up, policy: {class: R1, tenant: shop}}
 - {name: pages, prefix: /p, cluster: up}
 - {name: search, prefix: /search, cluster: up}
@@ -165,6 +166,9 @@ var ordinary = []transaction{
 		"W1 admit ok by route:hop | als complete 302 up=302 internal_redirect",
 		"R1 admit ok by route:hot" + ok200}},
 	{name: "excluded", send: answers(200, "/healthz"), reached: 1},
+	// What only begins like an excluded path is not excluded: upstreams read what follows in their own ways.
+	{name: "beside-excluded", send: answers(404, "/healthz;x/hot"),
+		want: []string{"W1 admit ok by route:* | als local_reply 404 [NR] route_not_found"}},
 	{name: "no-route", send: answers(404, "/nowhere"),
 		want: []string{"W1 admit ok by route:* | als local_reply 404 [NR] route_not_found"}},
 	{name: "options", reached: 1, send: func(w *world, name string) {

@@ -47,7 +47,7 @@ func TestForgedHeaders(t *testing.T) {
 		try("forge-delta", 200, harness.Request{Method: "POST", Target: "/delta/do/echo", Body: hotDelta})
 		try("forge-by-upstream", 200, harness.Request{Target: "/p/do/forge"})
 		try("forge-trailers", 200, harness.Request{Target: "/p/do/trailers"})
-		try("forge-excluded", 200, harness.Request{Target: "/healthz/do/forge"})
+		try("forge-excluded", 200, harness.Request{Target: "/probe/do/forge"})
 		try("forge-redirect", 200, harness.Request{Target: "/hop/do/redirect/302/p/do/forge"})
 		try("forge-404", 404, harness.Request{Target: "/nowhere"})
 		try("forge-500", 500, harness.Request{Target: "/p/do/status/500"})

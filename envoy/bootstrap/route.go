@@ -59,8 +59,13 @@ func routeConfig(cfg *configv1.Config) (*routev3.RouteConfiguration, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
+	// Envoy takes the first that matches: whole paths before prefixes, the longer before the shorter.
 	sort.SliceStable(routes, func(i, j int) bool {
-		return len(routes[i].GetMatch().GetPrefix()) > len(routes[j].GetMatch().GetPrefix())
+		a, b := routes[i].GetMatch(), routes[j].GetMatch()
+		if (a.GetPath() != "") != (b.GetPath() != "") {
+			return a.GetPath() != ""
+		}
+		return len(a.GetPath())+len(a.GetPrefix()) > len(b.GetPath())+len(b.GetPrefix())
 	})
 	return &routev3.RouteConfiguration{
 		Name: "knhk",
