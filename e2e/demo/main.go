@@ -130,11 +130,20 @@ Ctrl-C ends everything.
 `, s.Listener, s.Admin, s.Bin, s.StateDir, s.Tiles, s.ConfigFile)
 	select {
 	case <-ctx.Done():
+	case <-s.Knhk.Exited():
+	case <-s.Envoy.Exited():
+	}
+	// A terminal's Ctrl-C reaches everybody at once: who ends first then says nothing.
+	select {
+	case <-ctx.Done():
 		fmt.Println()
 		return nil
+	case <-time.After(100 * time.Millisecond):
+	}
+	select {
 	case <-s.Knhk.Exited():
 		return fmt.Errorf("knhk ended:\n%s", s.Knhk.LogTail(2000))
-	case <-s.Envoy.Exited():
+	default:
 		return fmt.Errorf("envoy ended:\n%s", s.Envoy.LogTail(2000))
 	}
 }
