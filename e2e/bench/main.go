@@ -1,4 +1,4 @@
-// Program bench measures what knhk adds to an Envoy: requests per second, latency, processor time and memory, against
+// Command bench measures what knhk adds to an Envoy: requests per second, latency, processor time and memory, against
 // no filter at all, a stock no-op ext_proc server and a tuned one.
 //
 //	go run ./e2e/bench [--rounds 5] [--seconds 3] [--cases none,stock-noop,...] [--quick] [--out bench.json]

@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"strings"
-	"time"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -118,14 +116,8 @@ func pathless(w *world) {
 	w.t.Helper()
 	const label = `knhk_kind="protocol_error"`
 	before, seen := w.metric("knhk_unreceipted_total", label), len(w.Upstream.Seen())
-	tcp, err := net.DialTimeout("tcp", w.Listener, 5*time.Second)
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	tcp := w.tcp()
 	defer tcp.Close()
-	if err := tcp.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
-		w.t.Fatal(err)
-	}
 	var head bytes.Buffer
 	enc := hpack.NewEncoder(&head)
 	for _, f := range [][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", "unreceipted-pathless" + caseSuffix}} {

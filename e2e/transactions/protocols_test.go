@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -151,14 +150,8 @@ func h2Request(w *world, name, method, target string, body io.Reader) *http.Requ
 // websocketEcho opens a websocket, has a word echoed and closes it.
 func websocketEcho(w *world, name string) {
 	w.t.Helper()
-	tcp, err := net.DialTimeout("tcp", w.Listener, 5*time.Second)
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	tcp := w.tcp()
 	defer tcp.Close()
-	if err := tcp.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
-		w.t.Fatal(err)
-	}
 	at := &url.URL{Scheme: "ws", Host: name + caseSuffix, Path: "/ws/do/ws"}
 	c, err := websocket.NewClient(&websocket.Config{Location: at, Origin: &url.URL{Scheme: "http", Host: at.Host}, Version: 13}, tcp)
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -445,4 +446,17 @@ func (w *world) hup() {
 	if err := w.Knhk.Signal(syscall.SIGHUP); err != nil {
 		w.t.Fatal(err)
 	}
+}
+
+// tcp opens a bare connection to Envoy that ends after 20 seconds at the latest.
+func (w *world) tcp() net.Conn {
+	w.t.Helper()
+	tcp, err := net.DialTimeout("tcp", w.Listener, 5*time.Second)
+	if err == nil {
+		err = tcp.SetDeadline(time.Now().Add(20 * time.Second))
+	}
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return tcp
 }

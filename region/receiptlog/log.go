@@ -306,7 +306,8 @@ func (l *Log) Decide(ctx context.Context, level Level, d *receipt.Decision, req 
 	if err := l.Refusing(); err != nil {
 		return err
 	}
-	if n := len(req.Method) + len(req.Scheme) + len(req.Authority) + len(req.Path) + len(req.RequestID) + len(req.Source); n > maxRequestBytes {
+	n := len(req.Method) + len(req.Scheme) + len(req.Authority) + len(req.Path) + len(req.RequestID) + len(req.Source)
+	if n > maxRequestBytes {
 		return fmt.Errorf("%w: %d bytes of method, host, path and request id, at most %d", ErrTooLarge, n, maxRequestBytes)
 	}
 	var r [48]byte
@@ -325,7 +326,7 @@ func (l *Log) Decide(ctx context.Context, level Level, d *receipt.Decision, req 
 	ev := receipt.EvidenceFor(id, &salt, req)
 	d.ID = id
 	// A record that cannot be read back, or that the WAL has no room for, must not get as far as the block.
-	if err := cmp.Or(d.Validate(), l.fits(d, ev)); err != nil {
+	if err := cmp.Or(d.Validate(), l.fits(d, ev, n)); err != nil {
 		d.ID = ""
 		return err
 	}
@@ -348,16 +349,17 @@ func (l *Log) Decide(ctx context.Context, level Level, d *receipt.Decision, req 
 	return nil
 }
 
-// fits says whether a decision and its evidence can be written and read back. Nearly always a bound on what JSON can make of them
-// settles it; else they are encoded to see.
-func (l *Log) fits(d *receipt.Decision, ev *receipt.Evidence) error {
+// surelyFits bounds what JSON can make of a record with n bytes of text: true means that it can be written and read back.
+func (l *Log) surelyFits(n int) bool {
 	const fixed, escaped = 2048, 6 // members of bounded length; bytes one byte can become
-	texts := len(d.Tenant) + len(d.Rule) + len(d.Reason) + len(d.SPIFFEID) + len(d.Route) + len(d.Cluster) + len(d.Origin) + len(d.ID)
-	values := 0
-	for _, f := range ev.Fields {
-		values += len(f.Value)
-	}
-	if fixed+escaped*(texts+values) <= min(receipt.MaxLeaf, l.maxRecord) {
+	return fixed+escaped*n <= min(receipt.MaxLeaf, l.maxRecord)
+}
+
+// fits says whether a decision and its evidence, which holds n bytes, can be written and read back. Nearly always the bound settles
+// it; else they are encoded to see.
+func (l *Log) fits(d *receipt.Decision, ev *receipt.Evidence, n int) error {
+	n += len(d.Tenant) + len(d.Rule) + len(d.Reason) + len(d.SPIFFEID) + len(d.Route) + len(d.Cluster) + len(d.Origin) + len(d.ID)
+	if l.surelyFits(n) {
 		return nil
 	}
 	leaf, evidence := len(receipt.AppendDecision(nil, d))+20, len(receipt.AppendEvidence(nil, ev)) // 20: the ordinal is not set yet
@@ -460,8 +462,7 @@ func (l *Log) writeOutcome(_ context.Context, id string, uuid [16]byte, o *polic
 	if err := rec.Validate(); err != nil {
 		return fmt.Errorf("record outcome of %s: %w", id, err)
 	}
-	const fixed, escaped = 2048, 6
-	if n := len(o.Flags) + len(o.Details) + len(o.Cluster) + len(o.UpstreamHost) + len(o.CacheStatus) + len(rec.Origin); fixed+escaped*n > min(receipt.MaxLeaf, l.maxRecord) {
+	if n := len(o.Flags) + len(o.Details) + len(o.Cluster) + len(o.UpstreamHost) + len(o.CacheStatus) + len(rec.Origin); !l.surelyFits(n) {
 		return fmt.Errorf("record outcome of %s: %w: %d bytes of text", id, ErrTooLarge, n)
 	}
 	_, err := l.wal.Append(wal.Durable, true, func(seq uint64) []byte {
