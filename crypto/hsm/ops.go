@@ -73,6 +73,13 @@ func (s *session) next(label string, now time.Time) (name, error) {
 // with what the token has.
 func (s *session) create(n name, alg keys.Algorithm) (keys.Version, error) {
 	v, err := s.generateOnce(n, alg)
+	// SoftHSM 2.6.1 was seen to say this once, with signatures under way in another session, of a template that it takes at any
+	// other time. A token that means it says it again.
+	if isCode(err, pkcs11.CKR_TEMPLATE_INCONSISTENT) {
+		if err = s.erase(n); err == nil {
+			v, err = s.generateOnce(n, alg)
+		}
+	}
 	if err != nil && !isLost(err) {
 		return keys.Version{}, errors.Join(err, s.erase(n))
 	}
