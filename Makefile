@@ -13,6 +13,7 @@ PROTOVALIDATE_VERSION := v1.2.2
 VENV := .venv
 FUZZTIME ?= 30s
 BENCHFLAGS ?=
+FAULTFLAGS ?=
 
 .PHONY: help
 help: ## list the targets
@@ -59,6 +60,10 @@ test: setup ## every test: packages, race detector, real Envoy; a line for each 
 bench: setup ## knhk beside no-op ext_proc servers on one Envoy; prints a table, writes bench.json
 	go run ./e2e/bench $(BENCHFLAGS)
 
+.PHONY: fault
+fault: setup ## every fault at its full rounds; prints a table, writes fault.json (FAULTFLAGS="--rounds crash/kill-9=1000")
+	go run ./e2e/fault/lane $(FAULTFLAGS)
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (30s)
 	@for pkg in $$(go list ./...); do \
@@ -100,4 +105,4 @@ drift: generate ## fail if generated code or go.mod differ from what is committe
 
 .PHONY: clean
 clean: ## remove what make made, except state under run/
-	rm -rf bin $(VENV) .tools bench.json
+	rm -rf bin $(VENV) .tools bench.json fault.json

@@ -1,0 +1,4 @@
+package fault
+
+// crash: the death of the process under load.
+var crash = []Fault{}

@@ -1,0 +1,4 @@
+package fault
+
+// peers: hostile peers of the gRPC port.
+var peers = []Fault{}

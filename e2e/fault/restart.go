@@ -1,0 +1,4 @@
+package fault
+
+// restart: orderly restarts and reloads under load.
+var restart = []Fault{}
