@@ -48,6 +48,8 @@ import (
 const (
 	streamWorkers  = 64
 	ioBuffer       = 128 << 10
+	streamWindow   = 64 << 10 // of HTTP/2 flow control, fixed: what grpc-go does to find a better one costs a ping in every round trip
+	connWindow     = 1 << 20
 	maxStreams     = 1000    // per connection; Envoy opens more connections
 	maxMessage     = 4 << 20 // an access log message; ext_proc messages are far smaller
 	maxHeaderList  = 64 << 10
@@ -144,6 +146,7 @@ func (s *Server) buildGRPC() error {
 	s.grpc = grpc.NewServer(
 		grpc.ForceServerCodecV2(envoywire.Codec{}),
 		grpc.NumStreamWorkers(streamWorkers), grpc.ReadBufferSize(ioBuffer), grpc.WriteBufferSize(ioBuffer),
+		grpc.StaticStreamWindowSize(streamWindow), grpc.StaticConnWindowSize(connWindow),
 		grpc.MaxConcurrentStreams(maxStreams), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxHeaderListSize(maxHeaderList),
 		grpc.ConnectionTimeout(connectTimeout),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minKeepalive, PermitWithoutStream: true}),

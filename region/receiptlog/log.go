@@ -37,6 +37,7 @@ const (
 	maxRequestBytes = 96 << 10 // of evidence; Envoy's own limit for all headers is 60 KiB by default
 	maxRecordBytes  = 512 << 10
 	walOverhead     = 16       // kind and length before a leaf
+	reuseBytes      = 1 << 20  // of a block's memory that is always kept for the next one
 	minFree         = 16 << 20 // bytes of disk below which nothing is admitted
 	sealFree        = 4 << 20  // bytes of disk that must be left after a block
 )
@@ -120,8 +121,11 @@ type Log struct {
 	crashed [][16]byte // those that a crash left; Run records their outcome
 
 	// chain is owned by the sealer: Open, then Run, then Close.
-	chain     chain
-	lastBlock struct{ bytes, recs int }
+	chain chain
+	reuse struct { // memory of the last block that was committed
+		buf  []byte
+		recs []rec
+	}
 	// added is the number of the next block whose header is not in the log yet. Owned by the publisher: Open, Run, Close.
 	added uint64
 	wake  chan struct{} // a block was committed
@@ -413,7 +417,9 @@ func (s guardedSigner) Sign(msg []byte) ([]byte, error) {
 	return s.Signer.Sign(msg)
 }
 
-// Outcome records what became of the transaction id. It does not wait for the disk. ErrNotFound when this replica knows no
+// Outcome records what became of the transaction id. It does not wait for the disk: the record goes out with the next decision
+// that does, or within a tenth of a second. A process that dies before takes it along, and its decision gets the outcome
+// "unknown" at the restart. ErrNotFound when this replica knows no
 // such decision; a second outcome for one decision is dropped and counted, unless the first was "unknown".
 func (l *Log) Outcome(ctx context.Context, id string, o *policy.Outcome) error {
 	uuid, instance, err := receipt.ParseID(id)
@@ -465,7 +471,7 @@ func (l *Log) writeOutcome(_ context.Context, id string, uuid [16]byte, o *polic
 	if n := len(o.Flags) + len(o.Details) + len(o.Cluster) + len(o.UpstreamHost) + len(o.CacheStatus) + len(rec.Origin); !l.surelyFits(n) {
 		return fmt.Errorf("record outcome of %s: %w: %d bytes of text", id, ErrTooLarge, n)
 	}
-	_, err := l.wal.Append(wal.Durable, true, func(seq uint64) []byte {
+	_, err := l.wal.Append(wal.Queued, true, func(seq uint64) []byte {
 		rec.Ordinal = seq
 		l.mu.Lock()
 		defer l.mu.Unlock()

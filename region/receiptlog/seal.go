@@ -121,9 +121,9 @@ type headerExtra struct {
 // A crash before the commit leaves the records in the WAL, to be sealed by the recovery; a crash after it leaves a header
 // that the next start adds to the log, byte for byte.
 func (l *Log) seal(ctx context.Context, kind string, x headerExtra) error {
-	// Made outside the lock, as large as the last one was: growing it would copy megabytes while requests wait.
+	// The memory of the block before: growing a new one would copy megabytes while requests wait.
 	next := newBlock(0)
-	next.buf, next.recs = make([]byte, 0, l.lastBlock.bytes), make([]rec, 0, l.lastBlock.recs)
+	next.buf, next.recs = l.reuse.buf[:0], l.reuse.recs[:0]
 	l.mu.Lock()
 	if l.sealing != nil {
 		l.mu.Unlock()
@@ -137,6 +137,7 @@ func (l *Log) seal(ctx context.Context, kind string, x headerExtra) error {
 		}
 		return l.seal(ctx, kind, x)
 	}
+	l.reuse.buf, l.reuse.recs = nil, nil
 	l.sealing = b
 	l.open = next
 	next.n = b.n + 1
@@ -148,7 +149,10 @@ func (l *Log) seal(ctx context.Context, kind string, x headerExtra) error {
 	l.mu.Lock()
 	l.sealing = nil
 	l.mu.Unlock()
-	l.lastBlock.bytes, l.lastBlock.recs = len(b.buf)*5/4, len(b.recs)*5/4
+	// Nobody looks at b any more: lookups copy what they find while mu is held. A burst's memory is not kept for ever.
+	if cap(b.buf) <= max(reuseBytes, 4*len(b.buf)) {
+		l.reuse.buf, l.reuse.recs = b.buf, b.recs
+	}
 	select {
 	case l.wake <- struct{}{}:
 	default:

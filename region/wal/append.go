@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"runtime"
 )
 
 // footer is kept free at the end of every segment for groups without records: the slot, the closing group, and marks that
@@ -66,14 +67,14 @@ func (b *batch) wait(ctx context.Context) error {
 // Append hands out the next sequence number. fn runs under the append lock: it must be quick, must not call the WAL, and
 // returns the record, 1 to MaxRecordBytes long, which is copied before Append goes on.
 //
-// At level Written the record is in the page cache when Append returns, with everything appended before it. At level
-// Durable it goes out with the committer's next group, without lingering: see Ticket.Wait. An urgent append may use
-// ReserveBytes.
+// At level Queued the record is only in memory when Append returns: it goes out with the next group that anybody asks for, and
+// nobody is told when. At level Written it is in the page cache, with everything appended before it. At level Durable it goes
+// out with the committer's next group, without lingering: see Ticket.Wait. An urgent append may use ReserveBytes.
 //
 // Errors: ErrFull, ErrClosed and ErrFailed before fn is called; a record of the wrong size, after which the number is
 // given to the next append; ErrFailed when a Written record could not be written, after which the number is spent.
 func (w *WAL) Append(level Level, urgent bool, fn func(seq uint64) []byte) (Ticket, error) {
-	if level != Written && level != Durable {
+	if level < Queued || level > Durable {
 		return Ticket{}, fmt.Errorf("append: unknown level %d", level)
 	}
 	t, wake, err := w.add(level, urgent, fn)
@@ -321,8 +322,13 @@ func (w *WAL) write(list []chunk) error {
 
 func (w *WAL) path(s *segment) string { return filepath.Join(w.cfg.Dir, segmentName(s.number)) }
 
-// flush writes everything pending unless the records below upto are written already.
+// flush writes everything pending unless the records below upto are written already. Those that are about to append get one
+// turn of the scheduler first, not a wait: one write then serves them all.
 func (w *WAL) flush(upto uint64) error {
+	runtime.Gosched()
+	if w.written.Load() >= upto {
+		return nil
+	}
 	w.wmu.Lock()
 	defer w.wmu.Unlock()
 	if w.written.Load() >= upto {

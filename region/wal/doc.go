@@ -6,7 +6,8 @@
 //
 //   - Numbers are dense and never given to two acknowledged records. Replay brings every acknowledged record that is not
 //     released, in order, byte for byte.
-//   - Written: when Append has returned, the record and everything appended before it is in the page cache. Durable: when
+//   - Queued: nothing, but that the record goes out with the next group, in order, and within SyncEvery while Run runs.
+//     Written: when Append has returned, the record and everything appended before it is in the page cache. Durable: when
 //     Ticket.Wait has returned nil, fdatasync has covered the record and everything appended before it.
 //   - After a machine crash, Recovery.Lost names every number that may have been handed out and whose record is gone. The
 //     range reaches to the ceiling (see Config.Ahead), so it is an upper bound. It is named again by every Open until it

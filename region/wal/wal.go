@@ -31,7 +31,8 @@ type Level uint8
 
 // The levels.
 const (
-	Written Level = iota + 1 // in the kernel's page cache: survives the death of the process, not of the machine
+	Queued  Level = iota + 1 // in memory: goes out with the next group, at the latest SyncEvery later while Run runs
+	Written                  // in the kernel's page cache: survives the death of the process, not of the machine
 	Durable                  // fdatasync has returned: survives both
 )
 
@@ -64,8 +65,8 @@ type Config struct {
 	// MaxRecordBytes bounds one record. Default 64 KiB, or an eighth of SegmentBytes if that is less; at most that eighth
 	// and 512 KiB. An append wants this much room, since it cannot know the record's size before fn has made it.
 	MaxRecordBytes int
-	// SyncEvery bounds how long a Written record stays unsynced while Run runs; it is also the delay after which an idle
-	// log notes what is durable. Default 100 ms.
+	// SyncEvery bounds how long a Written record stays unsynced, and a Queued one unwritten, while Run runs; it is also the
+	// delay after which an idle log notes what is durable. Default 100 ms.
 	SyncEvery time.Duration
 	// Ahead is how many sequence numbers may be handed out beyond the last sync. It bounds Recovery's lost range. Default
 	// 65536. Appends get ErrFull at the end of it, others a little before urgent ones.

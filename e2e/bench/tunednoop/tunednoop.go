@@ -1,7 +1,8 @@
 // Package tunednoop is the floor of the benchmark: the same answers as stocknoop with every saving that knhk makes
 // around its own work, so that what knhk costs above it is knhk's own.
 //
-// It promises the settings of knhk's server (codec of server/envoywire, 64 stream workers, 128 KiB buffers, GOGC=400)
+// It promises the settings of knhk's server (codec of server/envoywire, 64 stream workers, 128 KiB buffers, fixed
+// windows, GOGC=400)
 // and nothing else: no decision, no record, no look at a header. Only e2e/bench runs it.
 package tunednoop
 
@@ -25,6 +26,8 @@ import (
 const (
 	streamWorkers = 64
 	ioBuffer      = 128 << 10
+	streamWindow  = 64 << 10
+	connWindow    = 1 << 20
 	gcPercent     = 400
 )
 
@@ -45,6 +48,7 @@ func Serve(ctx context.Context, l net.Listener) error {
 	s := grpc.NewServer(
 		grpc.ForceServerCodecV2(envoywire.Codec{}), grpc.NumStreamWorkers(streamWorkers),
 		grpc.ReadBufferSize(ioBuffer), grpc.WriteBufferSize(ioBuffer),
+		grpc.StaticStreamWindowSize(streamWindow), grpc.StaticConnWindowSize(connWindow),
 	)
 	s.RegisterService(&grpc.ServiceDesc{
 		ServiceName: extprocv3.ExternalProcessor_ServiceDesc.ServiceName,
