@@ -19,12 +19,20 @@ const uuidText = 36
 // milliseconds since 1970 and keeps its low 48 bits; random must be fresh, 74 of its 80 bits are used. It allocates
 // nothing when dst has room for 37 bytes and the instance. The instance is not checked: see ValidInstance.
 func AppendID(dst []byte, unixMilli int64, random *[10]byte, instance string) []byte {
-	var u [16]byte
+	u := newUUID(unixMilli, random)
+	return appendID(dst, &u, instance)
+}
+
+func newUUID(unixMilli int64, random *[10]byte) (u uuid.UUID) {
 	binary.BigEndian.PutUint64(u[:8], uint64(unixMilli)<<16)
 	u[6] = 0x70 | random[0]&0x0f
 	u[7] = random[1]
 	copy(u[8:], random[2:])
 	u[8] = 0x80 | u[8]&0x3f
+	return u
+}
+
+func appendID(dst []byte, u *uuid.UUID, instance string) []byte {
 	dst = hex.AppendEncode(dst, u[0:4])
 	dst = append(dst, '-')
 	dst = hex.AppendEncode(dst, u[4:6])
@@ -38,9 +46,11 @@ func AppendID(dst []byte, unixMilli int64, random *[10]byte, instance string) []
 	return append(dst, instance...)
 }
 
-// NewID is AppendID into a string.
-func NewID(now time.Time, random *[10]byte, instance string) string {
-	return string(AppendID(make([]byte, 0, uuidText+1+MaxInstance), now.UnixMilli(), random, instance))
+// NewID is AppendID into a string; it returns the UUID beside it.
+func NewID(now time.Time, random *[10]byte, instance string) (string, uuid.UUID) {
+	u := newUUID(now.UnixMilli(), random)
+	var buf [uuidText + 1 + MaxInstance]byte
+	return string(appendID(buf[:0], &u, instance)), u
 }
 
 // ParseID splits a receipt id. It accepts only what AppendID writes: a UUID of version 7 and RFC variant in lower case and

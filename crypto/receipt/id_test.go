@@ -13,7 +13,7 @@ import (
 // TestIDVector is the example of RFC 9562 appendix A.6.
 func TestIDVector(t *testing.T) {
 	random := [10]byte{0x0C, 0xC3, 0x18, 0xC4, 0xDC, 0x0C, 0x0C, 0x07, 0x39, 0x8F}
-	got := receipt.NewID(time.UnixMilli(0x017F22E279B0), &random, "a")
+	got, _ := receipt.NewID(time.UnixMilli(0x017F22E279B0), &random, "a")
 	if want := "017f22e2-79b0-7cc3-98c4-dc0c0c07398f.a"; got != want {
 		t.Fatalf("got %s, want %s", got, want)
 	}
@@ -27,9 +27,9 @@ func TestIDRoundTrip(t *testing.T) {
 			for i := range random {
 				random[i] = fill
 			}
-			s := receipt.NewID(now, &random, instance)
+			s, made := receipt.NewID(now, &random, instance)
 			id, got, err := receipt.ParseID(s)
-			if err != nil || got != instance {
+			if err != nil || got != instance || id != made {
 				t.Fatalf("ParseID(%q) = %q, %v", s, got, err)
 			}
 			if id.Version() != 7 || id.Variant() != uuid.RFC4122 || !receipt.IDTime(id).Equal(now) {

@@ -49,7 +49,7 @@ func processorFilter(cfg *configv1.Config, sidecar string) (*hcmv3.HttpFilter, e
 	p := &extprocv3.ExternalProcessor{
 		GrpcService: &corev3.GrpcService{
 			TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{
-				ClusterName: sidecar}},
+				ClusterName: sidecar, SkipEnvoyHeaders: true}},
 			Timeout: durationpb.New(0), // the stream lives as long as the request
 			// Here, not in EnvoyGrpc: that one is for xDS streams alone and does nothing for a filter.
 			RetryPolicy: &corev3.RetryPolicy{

@@ -121,8 +121,9 @@ type Log struct {
 	crashed [][16]byte // those that a crash left; Run records their outcome
 
 	// chain is owned by the sealer: Open, then Run, then Close.
-	chain chain
-	reuse struct { // memory of the last block that was committed
+	chain   chain
+	scratch [3][]byte // of putRecords
+	reuse   struct {  // memory of the last block that was committed
 		buf  []byte
 		recs []rec
 	}
@@ -288,18 +289,6 @@ func (l *Log) latch(err error) bool {
 // Stop makes Decide refuse with ErrStopping; outcomes are still taken. The first step of a shutdown.
 func (l *Log) Stop() { l.latch(ErrStopping) }
 
-// newID makes a receipt id for now: a UUIDv7 and the instance. now is the log's own clock, which never goes back and which
-// blocks are dated by: lookups rely on it.
-func (l *Log) newID(now time.Time) (string, [16]byte, error) {
-	var r [10]byte
-	if _, err := rand.Read(r[:]); err != nil {
-		return "", [16]byte{}, fmt.Errorf("make receipt id: %w", err)
-	}
-	id := receipt.NewID(now, &r, l.cfg.Instance)
-	uuid, _, err := receipt.ParseID(id)
-	return id, uuid, err
-}
-
 // Level of certainty that Decide waits for.
 type Level = wal.Level
 
@@ -314,18 +303,16 @@ func (l *Log) Decide(ctx context.Context, level Level, d *receipt.Decision, req 
 	if n > maxRequestBytes {
 		return fmt.Errorf("%w: %d bytes of method, host, path and request id, at most %d", ErrTooLarge, n, maxRequestBytes)
 	}
-	var r [48]byte
+	var r [58]byte
 	if _, err := rand.Read(r[:]); err != nil {
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
+	// The log's own clock never goes back, and blocks are dated by it: lookups rely on the id's time.
 	now := l.clock.now()
-	id, uuid, err := l.newID(now)
-	if err != nil {
-		return fmt.Errorf("%w: %w", ErrUnavailable, err)
-	}
+	id, uuid := receipt.NewID(now, (*[10]byte)(r[48:]), l.cfg.Instance)
 	d.Origin, d.Time = l.id.Origin, now
 	copy(d.Nonce[:], r[:16])
-	salt := [32]byte(r[16:])
+	salt := [32]byte(r[16:48])
 	d.Request = req.Commit(&salt)
 	ev := receipt.EvidenceFor(id, &salt, req)
 	d.ID = id

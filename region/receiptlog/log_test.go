@@ -18,7 +18,7 @@ import (
 
 // fixture is a directory with its keys, opened and closed as a test wants.
 type fixture struct {
-	t     *testing.T
+	t     testing.TB
 	cfg   Config
 	store *soft.Store
 	log   *Log
@@ -28,7 +28,7 @@ type fixture struct {
 	keysDir string
 }
 
-func newFixture(t *testing.T) *fixture {
+func newFixture(t testing.TB) *fixture {
 	t.Helper()
 	keysDir := t.TempDir() + "/keys"
 	store, err := soft.Open(keysDir)
@@ -58,7 +58,7 @@ func newFixture(t *testing.T) *fixture {
 	return f
 }
 
-type testWriter struct{ t *testing.T }
+type testWriter struct{ t testing.TB }
 
 func (w testWriter) Write(b []byte) (int, error) {
 	w.t.Logf("%s", b)

@@ -1,13 +1,13 @@
 package receiptlog
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"runtime"
 	"slices"
 	"time"
 
@@ -172,6 +172,9 @@ func (l *Log) commitBlock(ctx context.Context, b *block, kind string, x headerEx
 	}
 	leaves := make([]receipt.Hash, len(b.recs))
 	for i := range b.recs {
+		if i%chunkRecords == 0 {
+			runtime.Gosched() // requests first: they are many short turns, this is a long one
+		}
 		leaves[i] = receipt.LeafHash(b.bytes(b.recs[i].leaf))
 	}
 	tree := receipt.NewTree(leaves)
@@ -188,7 +191,7 @@ func (l *Log) commitBlock(ctx context.Context, b *block, kind string, x headerEx
 	c.Seq, c.Prev, c.Next, c.Time, c.Clean = c.Seq+1, receipt.LeafHash(leaf), b.n+1, h.Time, x.clean
 	c.Closed = kind == receipt.HeaderFinal
 
-	batch := l.store.db.NewBatch()
+	batch := l.store.db.NewBatchWithSize(len(b.buf)/4 + 32*len(b.recs) + 4096) // about what becomes of it
 	defer batch.Close()
 	err := errors.Join(batch.Set(key(kHeader, b.n), leaf, nil), batch.Set(key(kTime, uint64(h.Time.UnixNano()), b.n), nil, nil),
 		putMeta(batch, "chain", c), l.putRecords(batch, b))
@@ -224,7 +227,12 @@ func (l *Log) putRecords(batch *pebble.Batch, b *block) error {
 		return nil
 	}
 	var errs []error
-	var plain, evidence []byte
+	plain, evidence, packed := l.scratch[0][:0], l.scratch[1][:0], l.scratch[2]
+	defer func() { l.scratch = [3][]byte{plain, evidence, packed} }()
+	pack := func(kind byte, c uint64, items []byte) error { // the batch copies
+		packed = l.store.enc.EncodeAll(items, packed[:0])
+		return batch.Set(key(kind, b.n, c), packed, nil)
+	}
 	answered := make([]bool, len(b.recs))
 	ids := make([]uint64, len(b.recs))
 	for i := range b.recs {
@@ -233,9 +241,9 @@ func (l *Log) putRecords(batch *pebble.Batch, b *block) error {
 		evidence = appendChunk(evidence, b.bytes(r.evidence))
 		if (i+1)%chunkRecords == 0 || i == len(b.recs)-1 {
 			c := uint64(i / chunkRecords)
-			errs = append(errs, batch.Set(key(kRecords, b.n, c), l.store.enc.EncodeAll(plain, nil), nil),
-				batch.Set(key(kEvidence, b.n, c), l.store.enc.EncodeAll(evidence, nil), nil))
+			errs = append(errs, pack(kRecords, c, plain), pack(kEvidence, c, evidence))
 			plain, evidence = plain[:0], evidence[:0]
+			runtime.Gosched()
 		}
 		ids[i] = uint64(idHash(r.uuid))<<32 | uint64(i)
 		if r.decision {
@@ -261,7 +269,7 @@ func (l *Log) putRecords(batch *pebble.Batch, b *block) error {
 			errs = append(errs, batch.Set(uuidKey(kPending, r.uuid), v, nil))
 		}
 	}
-	slices.SortFunc(ids, cmp.Compare[uint64])
+	slices.Sort(ids)
 	list := make([]byte, 0, 8*len(ids))
 	for _, id := range ids {
 		list = binary.BigEndian.AppendUint64(list, id)

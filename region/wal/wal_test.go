@@ -114,7 +114,7 @@ func TestRefusedAppends(t *testing.T) {
 	}
 	for name, try := range map[string]func() error{
 		"no level":      func() error { _, err := w.Append(0, true, record); return err },
-		"unknown level": func() error { _, err := w.Append(3, true, record); return err },
+		"unknown level": func() error { _, err := w.Append(wal.Durable+1, true, record); return err },
 		"empty record":  func() error { _, err := w.Append(wal.Written, true, func(uint64) []byte { return nil }); return err },
 		"large record": func() error {
 			_, err := w.Append(wal.Written, true, func(uint64) []byte { return make([]byte, 1<<10+1) })

@@ -226,9 +226,13 @@ func (p *Pipeline) record(ctx context.Context, r *rules, route *config.RoutePoli
 	if d.Class == policy.R1 {
 		level = wal.Written
 	}
-	// The record is owed even when the client has gone; only the disk may make us give up.
-	wait, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
-	defer cancel()
+	// The record is owed even when the client has gone; only the disk may make us give up, and only who waits for it needs a limit.
+	wait := context.Background()
+	if level == wal.Durable {
+		var cancel context.CancelFunc
+		wait, cancel = context.WithTimeout(context.WithoutCancel(ctx), timeout)
+		defer cancel()
+	}
 	err := p.rec.Decide(wait, level, rec, &receipt.Request{
 		Method: req.Method, Scheme: req.Scheme, Authority: req.Authority, Path: req.Path, RequestID: req.RequestID, Source: req.Source,
 	})

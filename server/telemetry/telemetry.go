@@ -1,14 +1,15 @@
 // Package telemetry measures knhk: one OpenTelemetry MeterProvider, exported for Prometheus at /metrics.
 //
-// It promises that recording on the request path allocates nothing: every attribute set is built once. It holds no state
+// It promises that recording on the request path allocates nothing: every attribute set is built once, counters are atomics that the
+// exporter reads. It holds no state
 // that decisions depend on. Names come from api/telemetry.
 package telemetry
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
-	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -35,20 +36,25 @@ type Metrics struct {
 	provider *sdk.MeterProvider
 	meter    metric.Meter
 
-	decisions, outcomes, unreceipted, gaps, streams, alsEnded, reloads metric.Int64Counter
-	alsOpen                                                            metric.Int64UpDownCounter
-	duration                                                           metric.Float64Histogram
+	decisions                           *counter[decisionKey]
+	outcomes                            *counter[outcomeKey]
+	unreceipted, gaps, streams, reloads *counter[string]
+	alsEnded                            *counter[struct{}]
+	alsOpen                             metric.Int64UpDownCounter
+	duration                            metric.Float64Histogram
 
-	decided  sync.Map // decisionKey -> []metric.AddOption
-	options  sync.Map // [2]string -> []metric.AddOption: one attribute
-	resulted sync.Map // [2]string{source, result}
-	byClass  [4][]metric.RecordOption
+	byClass [4][]metric.RecordOption
 }
 
 type decisionKey struct {
 	class   policy.Class
 	verdict policy.Verdict
 	reason  policy.Reason
+}
+
+type outcomeKey struct {
+	source string
+	result policy.Result
 }
 
 // New makes the provider and its instruments.
@@ -62,19 +68,24 @@ func New() (*Metrics, error) {
 	m := &Metrics{provider: sdk.NewMeterProvider(sdk.WithReader(exp))}
 	m.handler = promhttp.HandlerFor(reg, promhttp.HandlerOpts{})
 	m.meter = m.provider.Meter("github.com/knhk/sidecar")
-	counter := func(into *metric.Int64Counter, name, unit, what string) {
-		c, e := m.meter.Int64Counter(name, metric.WithUnit(unit), metric.WithDescription(what))
-		if *into = c; e != nil && err == nil {
-			err = e
-		}
+	var errs [7]error
+	m.decisions, errs[0] = newCounter(m.meter, names.Decisions, "{decision}", "Verdicts given.", func(k decisionKey) []attribute.KeyValue {
+		return []attribute.KeyValue{attribute.String(names.AttrClass, k.class.String()), attribute.String(names.AttrVerdict, k.verdict.String()),
+			attribute.String(names.AttrReason, string(k.reason))}
+	})
+	m.outcomes, errs[1] = newCounter(m.meter, names.Outcomes, "{outcome}", "Outcomes reported.", func(k outcomeKey) []attribute.KeyValue {
+		return []attribute.KeyValue{attribute.String(names.AttrSource, k.source), attribute.String(names.AttrResult, string(k.result))}
+	})
+	one := func(name string) func(string) []attribute.KeyValue {
+		return func(v string) []attribute.KeyValue { return []attribute.KeyValue{attribute.String(name, v)} }
 	}
-	counter(&m.decisions, names.Decisions, "{decision}", "Verdicts given.")
-	counter(&m.outcomes, names.Outcomes, "{outcome}", "Outcomes reported.")
-	counter(&m.unreceipted, names.Unreceipted, "{transaction}", "Transactions in the access log without a decision.")
-	counter(&m.gaps, names.Gaps, "{transaction}", "Transactions that passed without a receipt.")
-	counter(&m.streams, names.Streams, "{event}", "Events of ext_proc streams.")
-	counter(&m.alsEnded, names.AccessLogEnded, "{stream}", "Access log streams that ended.")
-	counter(&m.reloads, names.Reloads, "{reload}", "Configuration reloads.")
+	m.unreceipted, errs[2] = newCounter(m.meter, names.Unreceipted, "{transaction}", "Transactions in the access log without a decision.", one(names.AttrKind))
+	m.gaps, errs[3] = newCounter(m.meter, names.Gaps, "{transaction}", "Transactions that passed without a receipt.", one(names.AttrSource))
+	m.streams, errs[4] = newCounter(m.meter, names.Streams, "{event}", "Events of ext_proc streams.", one(names.AttrEvent))
+	m.alsEnded, errs[5] = newCounter(m.meter, names.AccessLogEnded, "{stream}", "Access log streams that ended.",
+		func(struct{}) []attribute.KeyValue { return nil })
+	m.reloads, errs[6] = newCounter(m.meter, names.Reloads, "{reload}", "Configuration reloads.", one(names.AttrResult))
+	err = errors.Join(errs[:]...)
 	if err == nil {
 		m.alsOpen, err = m.meter.Int64UpDownCounter(names.AccessLogStreams, metric.WithUnit("{stream}"),
 			metric.WithDescription("Access log streams open now."))
@@ -98,59 +109,33 @@ func (m *Metrics) Handler() http.Handler { return m.handler }
 // Shutdown flushes and ends the provider.
 func (m *Metrics) Shutdown(ctx context.Context) error { return m.provider.Shutdown(ctx) }
 
-func set(kv ...attribute.KeyValue) []metric.AddOption {
-	return []metric.AddOption{metric.WithAttributeSet(attribute.NewSet(kv...))}
-}
-
 // Decided counts a verdict and the time it took.
 func (m *Metrics) Decided(d policy.Decision, took time.Duration) {
-	k := decisionKey{d.Class, d.Verdict, d.Reason}
-	opt, ok := m.decided.Load(k)
-	if !ok {
-		opt, _ = m.decided.LoadOrStore(k, set(attribute.String(names.AttrClass, d.Class.String()),
-			attribute.String(names.AttrVerdict, d.Verdict.String()), attribute.String(names.AttrReason, string(d.Reason))))
-	}
-	m.decisions.Add(context.Background(), 1, opt.([]metric.AddOption)...)
+	m.decisions.add(decisionKey{d.Class, d.Verdict, d.Reason})
 	m.duration.Record(context.Background(), took.Seconds(), m.byClass[int(d.Class)%len(m.byClass)]...)
 }
 
 // Outcome counts a reported outcome.
-func (m *Metrics) Outcome(o *policy.Outcome) {
-	k := [2]string{o.Source, string(o.Result)}
-	opt, ok := m.resulted.Load(k)
-	if !ok {
-		opt, _ = m.resulted.LoadOrStore(k, set(attribute.String(names.AttrSource, o.Source), attribute.String(names.AttrResult, string(o.Result))))
-	}
-	m.outcomes.Add(context.Background(), 1, opt.([]metric.AddOption)...)
-}
+func (m *Metrics) Outcome(o *policy.Outcome) { m.outcomes.add(outcomeKey{o.Source, o.Result}) }
 
 // Unreceipted counts a transaction that the access log knows and we do not. kind is from a closed set.
-func (m *Metrics) Unreceipted(kind string) { m.one(m.unreceipted, names.AttrKind, kind) }
+func (m *Metrics) Unreceipted(kind string) { m.unreceipted.add(kind) }
 
 // Gap counts a transaction that passed without a receipt; source says who saw it.
-func (m *Metrics) Gap(source string) { m.one(m.gaps, names.AttrSource, source) }
+func (m *Metrics) Gap(source string) { m.gaps.add(source) }
 
 // Stream counts an event of an ext_proc stream.
-func (m *Metrics) Stream(event string) { m.one(m.streams, names.AttrEvent, event) }
+func (m *Metrics) Stream(event string) { m.streams.add(event) }
 
 // Reload counts a reload of the configuration: "applied" or "refused".
-func (m *Metrics) Reload(result string) { m.one(m.reloads, names.AttrResult, result) }
+func (m *Metrics) Reload(result string) { m.reloads.add(result) }
 
 // AccessLog counts an access log stream: +1 when it opens, -1 when it ends.
 func (m *Metrics) AccessLog(delta int64) {
 	m.alsOpen.Add(context.Background(), delta)
 	if delta < 0 {
-		m.alsEnded.Add(context.Background(), 1)
+		m.alsEnded.add(struct{}{})
 	}
-}
-
-func (m *Metrics) one(c metric.Int64Counter, attr, value string) {
-	k := [2]string{attr, value}
-	opt, ok := m.options.Load(k)
-	if !ok {
-		opt, _ = m.options.LoadOrStore(k, set(attribute.String(attr, value)))
-	}
-	c.Add(context.Background(), 1, opt.([]metric.AddOption)...)
 }
 
 // ObserveLog exports the state of the receipt log whenever metrics are read.

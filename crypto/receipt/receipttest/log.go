@@ -202,7 +202,7 @@ func (l *Log) NewDecision() (*receipt.Decision, *receipt.Evidence) {
 		PolicyDigest: half("policy"), Capture: "lean", SPIFFEID: "spiffe://example.org/ns/shop/sa/cart",
 		Route: "checkout", Cluster: "payments", TraceID: half("trace"), SpanID: [8]byte{1, 2, 3},
 	}
-	d.ID = receipt.NewID(d.Time, &random, l.Instance)
+	d.ID, _ = receipt.NewID(d.Time, &random, l.Instance)
 	request := receipt.Request{
 		Method: "GET", Scheme: "https", Authority: "shop.example.org", Path: "/cart?item=7",
 		RequestID: "5f0c9d5e-0000-4000-8000-000000000001", Source: "10.0.0.7:41234",
