@@ -2,6 +2,7 @@
 // no filter at all, a stock no-op ext_proc server and a tuned one.
 //
 //	go run ./e2e/bench [--rounds 5] [--seconds 3] [--cases none,stock-noop,...] [--quick] [--out bench.json]
+//	go run ./e2e/bench volume [--receipts 1000000] [--out volume.json]
 //
 // One real Envoy with one worker has a listener per case; every listener has the same HTTP settings and answers from a
 // direct_response route, so that no upstream adds noise (xds.cluster_name is then absent). A round runs the cases one
@@ -24,6 +25,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -68,6 +70,16 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			}
 			return serve(ctx, l)
 		}
+	}
+	switch {
+	case len(args) > 0 && args[0] == "volume":
+		return measureVolume(ctx, args[1:], stdout, stderr)
+	case len(args) == 3 && args[0] == "fill": // started by volume
+		n, err := strconv.Atoi(args[2])
+		if err != nil {
+			return err
+		}
+		return runFill(ctx, args[1], n, stdout)
 	}
 	opt, err := parseFlags(args, stderr)
 	if err != nil {

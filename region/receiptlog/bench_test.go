@@ -91,6 +91,32 @@ func benchmarkReceipts(b *testing.B, level Level) {
 	b.ReportMetric(diskBytes(b, filepath.Join(f.cfg.Dir, "log"))/float64(b.N), "log-B/rec")
 }
 
+// BenchmarkExport exports a log of 50,000 receipts again and again; one operation is one bundle.
+func BenchmarkExport(b *testing.B) {
+	f := newFixture(b)
+	f.cfg.SealEvery, f.cfg.SegmentBytes, f.cfg.MaxBytes = time.Second, 64<<20, 1<<30
+	l := f.open()
+	for i := range 50_000 {
+		f.outcome(f.decide(wal.Written, fmt.Sprint(i)), 200)
+	}
+	last := f.decide(wal.Written, "last")
+	f.bundle(last, 1)
+	b.ReportAllocs()
+	b.ResetTimer()
+	before := cpuTime(b)
+	for n := 0; n < b.N; {
+		for bundle, err := range l.Export(b.Context(), false) {
+			if err != nil || len(bundle) == 0 {
+				b.Fatalf("bundle %d: %v", n, err)
+			}
+			if n++; n == b.N {
+				break
+			}
+		}
+	}
+	b.ReportMetric((cpuTime(b)-before).Seconds()*1e6/float64(b.N), "cpu-us/op")
+}
+
 func cpuTime(b *testing.B) time.Duration {
 	var r unix.Rusage
 	if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {

@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
-	"github.com/klauspost/compress/zstd"
 	"golang.org/x/mod/sumdb/note"
 
 	"github.com/knhk/sidecar/crypto/keys"
@@ -208,9 +207,10 @@ func TestFsckNames(t *testing.T) {
 		}},
 		{"a block's records are swapped for another's", "block 1 ", "do not hash to the root", func(dir string) {
 			edit(dir, func(db *pebble.DB) error {
-				s := &store{db: db}
-				s.enc, _ = zstd.NewWriter(nil)
-				s.dec, _ = zstd.NewReader(nil)
+				s, err := newStore(db)
+				if err != nil {
+					return err
+				}
 				recs, err := s.records(1, headerCount(t, s, 1))
 				if err != nil {
 					return err

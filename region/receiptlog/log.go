@@ -32,7 +32,7 @@ const (
 	logBatchSize    = 256
 	logGC           = time.Second // about 100 bundles per interval
 	shutdownWait    = 10 * time.Second
-	cachedBlocks    = 8 // inner trees kept for proofs
+	cachedBlocks    = 4 // inner trees kept for proofs
 	checkpointPoll  = 100 * time.Millisecond
 	maxRequestBytes = 96 << 10 // of evidence; Envoy's own limit for all headers is 60 KiB by default
 	maxRecordBytes  = 512 << 10

@@ -118,7 +118,7 @@ func (l *Log) findSealed(uuid [16]byte) (*found, error) {
 
 // inBlock finds the records of uuid with the given prefix in block n, in order.
 func (l *Log) inBlock(uuid [16]byte, n uint64, prefix string) (out []*found, err error) {
-	list, err := l.store.get(key(kIDs, n))
+	list, err := l.store.idIndex(n)
 	if err != nil || list == nil {
 		return nil, err
 	}
@@ -395,25 +395,25 @@ func (l *Log) exportBlock(p *prover, n uint64, evidence bool, yield func([]byte,
 	if h.Count == 0 {
 		return true
 	}
-	leaves, err := l.store.records(n, h.Count)
-	if err != nil {
-		return yield(nil, err) && false
-	}
-	for pos, leaf := range leaves {
+	errStop := errors.New("stop")
+	err = l.store.each(n, h.Count, func(pos uint32, leaf []byte) error {
 		if !bytes.HasPrefix(leaf, []byte(receipt.DecisionPrefix)) {
-			continue
+			return nil
 		}
-		d := &found{leaf: leaf, block: n, pos: uint32(pos), sealed: true}
 		o, err := l.findOutcomes(leafUUID(leaf), n)
 		if err != nil {
-			return yield(nil, err) && false
+			return err
 		}
-		b, err := p.bundle(d, o, evidence)
-		if !yield(b, err) || err != nil {
-			return false
+		b, err := p.bundle(&found{leaf: leaf, block: n, pos: pos, sealed: true}, o, evidence)
+		if err == nil && !yield(b, nil) {
+			err = errStop
 		}
+		return err
+	})
+	if err != nil && !errors.Is(err, errStop) {
+		yield(nil, err)
 	}
-	return true
+	return err == nil
 }
 
 // prover makes bundles under one checkpoint. Not safe for concurrent use.
@@ -559,13 +559,12 @@ func (l *Log) tree(n uint64) (*receipt.Tree, error) {
 	if err != nil || !ok {
 		return nil, errors.Join(err, fmt.Errorf("block %d is missing", n))
 	}
-	leaves, err := l.store.records(n, h.Count)
-	if err != nil {
+	hashes := make([]receipt.Hash, 0, h.Count)
+	if err := l.store.each(n, h.Count, func(_ uint32, leaf []byte) error {
+		hashes = append(hashes, receipt.LeafHash(leaf))
+		return nil
+	}); err != nil {
 		return nil, err
-	}
-	hashes := make([]receipt.Hash, len(leaves))
-	for i, leaf := range leaves {
-		hashes[i] = receipt.LeafHash(leaf)
 	}
 	t := receipt.NewTree(hashes)
 	if t.Root() != h.Root {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
+	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/knhk/sidecar/crypto/receipt"
@@ -48,11 +49,25 @@ const (
 // farBlocks is how many blocks after its decision's an outcome is searched for without an O key.
 const farBlocks = 3
 
-// store is the Pebble database of closed blocks. Every method is safe for concurrent use.
+// What is kept of what was read: neighbours are asked for together. A chunk or an index of unusual size is read again instead.
+const (
+	cachedChunks = 64
+	cachedIDs    = 8
+	maxCached    = 1 << 20 // bytes of one
+)
+
+// store is the Pebble database of closed blocks. Every method is safe for concurrent use. What it returns must not be changed.
 type store struct {
-	db  *pebble.DB
-	enc *zstd.Encoder
-	dec *zstd.Decoder
+	db     *pebble.DB
+	enc    *zstd.Encoder
+	dec    *zstd.Decoder
+	chunks *lru.Cache[chunkKey, [][]byte]
+	ids    *lru.Cache[uint64, []byte] // id indices, by block
+}
+
+type chunkKey struct {
+	kind byte
+	n, c uint64
 }
 
 type pebbleLog struct{ log *slog.Logger }
@@ -81,15 +96,21 @@ func openStore(dir string, log *slog.Logger, fs vfs.FS, readOnly bool) (*store, 
 	if err != nil {
 		return nil, fmt.Errorf("open block store: %w", err)
 	}
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
-	if err != nil {
+	return newStore(db)
+}
+
+// newStore wraps an open database, which it closes when it fails.
+func newStore(db *pebble.DB) (*store, error) {
+	s := &store{db: db}
+	var errs [4]error
+	s.enc, errs[0] = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1))
+	s.dec, errs[1] = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(64<<20))
+	s.chunks, errs[2] = lru.New[chunkKey, [][]byte](cachedChunks)
+	s.ids, errs[3] = lru.New[uint64, []byte](cachedIDs)
+	if err := errors.Join(errs[:]...); err != nil { // none of them fails with these arguments
 		return nil, errors.Join(err, db.Close())
 	}
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(64<<20))
-	if err != nil {
-		return nil, errors.Join(err, db.Close())
-	}
-	return &store{db: db, enc: enc, dec: dec}, nil
+	return s, nil
 }
 
 func (s *store) close() error {
@@ -187,6 +208,10 @@ func appendChunk(dst, item []byte) []byte {
 
 // chunk reads the items of one chunk.
 func (s *store) chunk(kind byte, n, c uint64) ([][]byte, error) {
+	k := chunkKey{kind, n, c}
+	if items, ok := s.chunks.Get(k); ok {
+		return items, nil
+	}
 	z, err := s.get(key(kind, n, c))
 	if err != nil {
 		return nil, err
@@ -198,16 +223,32 @@ func (s *store) chunk(kind byte, n, c uint64) ([][]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("block %d: chunk %d is damaged: %w", n, c, err)
 	}
-	var items [][]byte
+	small := len(plain) <= maxCached
+	items := make([][]byte, 0, chunkRecords)
 	for len(plain) > 0 {
 		size, w := binary.Uvarint(plain)
 		if w <= 0 || size > uint64(len(plain)-w) {
 			return nil, fmt.Errorf("block %d: chunk %d is damaged", n, c)
 		}
-		items = append(items, plain[w:w+int(size)])
+		items = append(items, plain[w:w+int(size):w+int(size)])
 		plain = plain[w+int(size):]
 	}
+	if small {
+		s.chunks.Add(k, items)
+	}
 	return items, nil
+}
+
+// idIndex reads the id index of block n, nil when there is no such block.
+func (s *store) idIndex(n uint64) ([]byte, error) {
+	if list, ok := s.ids.Get(n); ok {
+		return list, nil
+	}
+	list, err := s.get(key(kIDs, n))
+	if err == nil && list != nil && len(list) <= maxCached {
+		s.ids.Add(n, list)
+	}
+	return list, err
 }
 
 // record reads the record at pos of block n.
@@ -222,18 +263,36 @@ func (s *store) record(kind byte, n, pos uint64) ([]byte, error) {
 	return nil, fmt.Errorf("block %d: record %d is missing", n, pos)
 }
 
-// records reads all records of block n, which holds count.
-func (s *store) records(n, count uint64) ([][]byte, error) {
-	all := make([][]byte, 0, count)
+// each calls fn for every record of block n, which holds count, in order, a chunk at a time, until it returns an error.
+func (s *store) each(n, count uint64, fn func(pos uint32, leaf []byte) error) error {
+	pos := uint64(0)
 	for c := uint64(0); c*chunkRecords < count; c++ {
 		items, err := s.chunk(kRecords, n, c)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		all = append(all, items...)
+		for _, leaf := range items {
+			if err := fn(uint32(pos), leaf); err != nil {
+				return err
+			}
+			pos++
+		}
 	}
-	if uint64(len(all)) != count {
-		return nil, fmt.Errorf("block %d: holds %d records, its header says %d", n, len(all), count)
+	if pos != count {
+		return fmt.Errorf("block %d: holds %d records, its header says %d", n, pos, count)
+	}
+	return nil
+}
+
+// records reads all records of block n, which holds count.
+func (s *store) records(n, count uint64) ([][]byte, error) {
+	all := make([][]byte, 0, count)
+	err := s.each(n, count, func(_ uint32, leaf []byte) error {
+		all = append(all, leaf)
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
 	return all, nil
 }

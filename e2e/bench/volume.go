@@ -1,0 +1,403 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/knhk/sidecar/crypto/receipt"
+	"github.com/knhk/sidecar/e2e/harness"
+	"github.com/knhk/sidecar/policy"
+	"github.com/knhk/sidecar/region/wal"
+	"github.com/knhk/sidecar/server"
+	"github.com/knhk/sidecar/server/config"
+)
+
+// volume measures what many receipts cost: processor time to make one in a small log and in a large one, what they take on disk,
+// the restart, the export and the verification of all of them. Receipts are made in process, through the log that `knhk serve` uses;
+// everything after is the program.
+type volume struct {
+	Receipts int `json:"receipts"`
+	// Microseconds of processor time per receipt, sealing and signing included: in logs of a hundredth of the size, and over the
+	// last tenth of the large one.
+	CPUSmall float64 `json:"cpu_us_small"`
+	CPULarge float64 `json:"cpu_us_large"`
+	Ratio    float64 `json:"large_to_small"`
+	// Bytes on disk per receipt once everything is sealed.
+	BlockBytes float64 `json:"block_bytes_per_receipt"`
+	LogBytes   float64 `json:"log_bytes_per_receipt"`
+
+	Restart       float64 `json:"restart_to_ready_s"` // after kill -9
+	IdleRSS       float64 `json:"idle_rss_mb"`
+	ExportSeconds float64 `json:"export_s"`
+	ExportRSS     float64 `json:"export_client_rss_mb"` // highest
+	ServeRSS      float64 `json:"export_server_rss_mb"` // highest of the server over its life, export included
+	VerifyCPU     float64 `json:"verify_cpu_us_per_bundle"`
+	VerifyRSS     float64 `json:"verify_rss_mb"`
+	FsckSeconds   float64 `json:"fsck_s"`
+
+	Machine machineInfo `json:"machine"`
+}
+
+// filled is what the fill subcommand tells.
+type filled struct {
+	CPU  float64 `json:"cpu_us"`      // per receipt, all but the first tenth
+	Last float64 `json:"cpu_us_last"` // over the last tenth
+}
+
+// measureVolume runs everything; n is how many receipts the large log holds.
+func measureVolume(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	flags := flag.NewFlagSet("bench volume", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	n := flags.Int("receipts", 1_000_000, "receipts in the large log, at least 1000")
+	out := flags.String("out", "volume.json", "file for the figures")
+	dir := flags.String("dir", "", "directory for state (default a temporary one, removed)")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if *n < 1000 || flags.NArg() > 0 {
+		return errors.New("volume: want at least 1000 receipts and no further arguments")
+	}
+	if *dir == "" {
+		tmp, err := os.MkdirTemp("", "knhk-volume-")
+		if err != nil {
+			return err
+		}
+		defer os.RemoveAll(tmp)
+		*dir = tmp
+	}
+	if err := os.MkdirAll(*dir, 0o700); err != nil {
+		return err
+	}
+	v, err := newVolume(ctx, *dir, *n, stderr)
+	if err != nil {
+		return err
+	}
+	if err := v.print(stdout); err != nil {
+		return err
+	}
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(*out, append(b, '\n'), 0o644)
+}
+
+func newVolume(ctx context.Context, dir string, n int, progress io.Writer) (*volume, error) {
+	v := &volume{Receipts: n}
+	var err error
+	if v.Machine, err = machine(dir); err != nil {
+		return nil, err
+	}
+	knhk, err := buildKnhk(ctx, dir)
+	if err != nil {
+		return nil, err
+	}
+	// Small logs before and after the large one, so that a machine that gets slower meanwhile shows.
+	var small []float64
+	for i := range 10 {
+		if i == 5 {
+			fmt.Fprintf(progress, "recording %d receipts\n", n)
+			f, err := fill(ctx, filepath.Join(dir, "large"), n)
+			if err != nil {
+				return nil, err
+			}
+			v.CPULarge = round(f.Last)
+		}
+		f, err := fill(ctx, filepath.Join(dir, fmt.Sprintf("small-%d", i)), max(n/100, 100))
+		if err != nil {
+			return nil, err
+		}
+		small = append(small, f.CPU)
+	}
+	v.CPUSmall, _ = summary(small)
+	v.Ratio = round(v.CPULarge / v.CPUSmall)
+	state := filepath.Join(dir, "large", "state")
+	if v.BlockBytes, err = treeBytes(filepath.Join(state, "blocks")); err != nil {
+		return nil, err
+	}
+	if v.LogBytes, err = treeBytes(filepath.Join(state, "log")); err != nil {
+		return nil, err
+	}
+	v.BlockBytes, v.LogBytes = round(v.BlockBytes/float64(n)), round(v.LogBytes/float64(n))
+	fmt.Fprintln(progress, "restart, export")
+	if err := v.serve(ctx, knhk, filepath.Join(dir, "large")); err != nil {
+		return nil, err
+	}
+	fmt.Fprintln(progress, "verify, fsck")
+	verify, err := timed(ctx, nil, knhk, "verify", "--quiet", "--policy", filepath.Join(state, "policy"), filepath.Join(dir, "large", "all.jsonl"))
+	if err != nil {
+		return nil, err
+	}
+	v.VerifyCPU, v.VerifyRSS = round(micros(verify.cpu)/float64(n)), round(verify.rss)
+	fsck, err := timed(ctx, nil, knhk, "fsck", state)
+	if err != nil {
+		return nil, err
+	}
+	v.FsckSeconds = round(fsck.wall.Seconds())
+	return v, nil
+}
+
+// serve measures the restart after a kill, memory at rest, and the export.
+func (v *volume) serve(ctx context.Context, knhk, dir string) error {
+	file := filepath.Join(dir, "knhk.yaml")
+	cfg, err := config.Load(file)
+	if err != nil {
+		return err
+	}
+	admin := cfg.Listeners.Admin.String()
+	start := func() (*harness.Process, time.Duration, error) {
+		begun := time.Now()
+		p, err := harness.StartProcess(ctx, harness.ProcessConfig{
+			Name: "knhk", Path: knhk, Args: []string{"serve", "--config", file}, Log: filepath.Join(dir, "knhk.log"),
+			Ready: harness.HTTPReady("http://" + admin + "/readyz"), ReadyTimeout: time.Minute,
+		})
+		return p, time.Since(begun), err
+	}
+	p, _, err := start()
+	if err != nil {
+		return err
+	}
+	p.Kill()
+	p, took, err := start()
+	if err != nil {
+		return err
+	}
+	defer p.Kill()
+	v.Restart = round(took.Seconds())
+	rss, err := p.RSS()
+	if err != nil {
+		return err
+	}
+	v.IdleRSS = round(float64(rss) / (1 << 20))
+	env := []string{"KNHK_ADMIN=" + admin}
+	export, err := timed(ctx, env, knhk, "receipts", "export", "--file", filepath.Join(dir, "all.jsonl"))
+	if err != nil {
+		return err
+	}
+	v.ExportSeconds, v.ExportRSS = round(export.wall.Seconds()), round(export.rss)
+	if v.ServeRSS, err = peakRSS(p.PID()); err != nil {
+		return err
+	}
+	return p.Stop(ctx)
+}
+
+// took is what a program took.
+type took struct {
+	cpu, wall time.Duration
+	rss       float64 // MB, highest
+}
+
+func timed(ctx context.Context, env []string, name string, args ...string) (took, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = append(os.Environ(), env...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	begun := time.Now()
+	if err := cmd.Run(); err != nil {
+		return took{}, fmt.Errorf("%s %s: %w\n%s", filepath.Base(name), strings.Join(args, " "), err, tail(out.Bytes()))
+	}
+	u := cmd.ProcessState.SysUsage().(*syscall.Rusage)
+	return took{cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), time.Since(begun), float64(u.Maxrss) / 1024}, nil
+}
+
+func tail(b []byte) []byte { return b[max(0, len(b)-2000):] }
+
+// peakRSS reads VmHWM (proc(5)), in MB.
+func peakRSS(pid int) (float64, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			kib, err := strconv.ParseFloat(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(rest), "kB")), 64)
+			return round(kib / 1024), err
+		}
+	}
+	return 0, errors.New("no VmHWM")
+}
+
+func treeBytes(dir string) (n float64, err error) {
+	err = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		i, err := d.Info()
+		if err == nil {
+			n += float64(i.Size())
+		}
+		return err
+	})
+	return n, err
+}
+
+// fill makes a log with n receipts in a process of its own, so that its processor time is its own.
+func fill(ctx context.Context, dir string, n int) (filled, error) {
+	var f filled
+	self, err := os.Executable()
+	if err != nil {
+		return f, err
+	}
+	cmd := exec.CommandContext(ctx, self, "fill", dir, strconv.Itoa(n))
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return f, fmt.Errorf("fill: %w\n%s", err, tail(stderr.Bytes()))
+	}
+	return f, json.Unmarshal(out, &f)
+}
+
+// runFill is the fill subcommand.
+func runFill(ctx context.Context, dir string, n int, stdout io.Writer) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	c := &benchCase{name: "volume"}
+	addrs := [2]string{}
+	for i := range addrs {
+		var err error
+		if addrs[i], err = harness.FreeAddr(); err != nil {
+			return err
+		}
+	}
+	text := fmt.Sprintf(knhkYAML, c.name, strconv.Quote(filepath.Join(dir, "state")), addrs[0], addrs[1], filepath.Join(dir, "keys"), "R1", "LEAN")
+	file := filepath.Join(dir, "knhk.yaml")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		return err
+	}
+	s, err := server.New(ctx, file, slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	var f filled
+	if err := record(ctx, s, n/10, 0); err != nil { // starting up is not what is measured
+		return err
+	}
+	idle := func() time.Duration { // what the process takes in a second without requests is not the receipts' either
+		begun := ownCPU()
+		time.Sleep(time.Second)
+		return ownCPU() - begun
+	}()
+	part := func(n, from int) (time.Duration, error) {
+		start, begun := time.Now(), ownCPU()
+		err := record(ctx, s, n, from)
+		return ownCPU() - begun - time.Duration(time.Since(start).Seconds()*float64(idle)), err
+	}
+	first, err := part(n*8/10, n)
+	if err != nil {
+		return err
+	}
+	last, err := part(n/10, 2*n)
+	if err != nil {
+		return err
+	}
+	f.CPU, f.Last = micros(first+last)/float64(n*9/10), micros(last)/float64(n/10)
+	stop()
+	if err := <-done; err != nil {
+		return err
+	}
+	return json.NewEncoder(stdout).Encode(f)
+}
+
+// fillRate is how many receipts a second are made: about what one Envoy worker can bring.
+const fillRate = 20_000
+
+// record takes n receipts from decision to a sealed outcome, from 16 callers,
+// at most fillRate a second.
+func record(ctx context.Context, s *server.Server, n, from int) error {
+	start := time.Now()
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	errs := make([]error, 16)
+	for i := range errs {
+		wg.Go(func() {
+			for k := next.Add(1); k <= int64(n) && errs[i] == nil; k = next.Add(1) {
+				errs[i] = recordOne(ctx, s, int(k)+from)
+				if k%256 == 0 { // blocks of a size that occurs
+					time.Sleep(time.Until(start.Add(time.Duration(k) * time.Second / fillRate)))
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	sealed := s.Receipts().Stats().Blocks
+	for s.Receipts().Stats().Blocks < sealed+2 { // the block that is cut next holds the last of them
+		if err := recordOne(ctx, s, 0); err != nil {
+			return err
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return nil
+}
+
+func recordOne(ctx context.Context, s *server.Server, k int) error {
+	d := receipt.Decision{Class: "R1", Verdict: "admit", Reason: "ok", Rule: "route:default", Capture: "lean", Route: "all", Cluster: "app", Tick: uint64(k)}
+	err := s.Receipts().Decide(ctx, wal.Written, &d, &receipt.Request{
+		Method: "GET", Scheme: "http", Authority: "shop.example.com", Path: fmt.Sprintf("/items/%d?lang=en", k),
+		RequestID: fmt.Sprintf("6f1c0a52-7c1e-4b02-9a53-%012x", k), Source: "10.1.2.3:40000",
+	})
+	if err != nil {
+		return err
+	}
+	return s.Receipts().Outcome(ctx, d.ID, &policy.Outcome{
+		Source: "als", Result: policy.ResultComplete, Status: 200, UpstreamStatus: 200, Details: "via_upstream", Cluster: "app",
+		UpstreamHost: "127.0.0.1:8080", Attempts: 1, BytesIn: 120, BytesOut: 2048, Duration: time.Duration(k%977) * 1237,
+	})
+}
+
+func ownCPU() time.Duration {
+	var r unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {
+		panic(err) // it cannot fail with these arguments
+	}
+	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
+}
+
+func (v *volume) print(w io.Writer) error {
+	fmt.Fprintf(w, "%s, %d CPUs, %s, %s, state on %s; %d receipts, one decision and one outcome each\n\n",
+		v.Machine.CPU, v.Machine.CPUs, v.Machine.Kernel, v.Machine.Go, v.Machine.FileSystem, v.Receipts)
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, row := range []struct {
+		what string
+		is   string
+	}{
+		{"processor time to record, seal and sign one receipt", fmt.Sprintf("%.1f us; in a log of a hundredth of the size %.1f us (x %.2f)", v.CPULarge, v.CPUSmall, v.Ratio)},
+		{"disk for one receipt", fmt.Sprintf("%.0f bytes of blocks, %.1f bytes of log", v.BlockBytes, v.LogBytes)},
+		{"restart after kill -9, to ready", fmt.Sprintf("%.2f s", v.Restart)},
+		{"memory of the idle service", fmt.Sprintf("%.0f MB", v.IdleRSS)},
+		{"export of all bundles", fmt.Sprintf("%.0f s, %.0f bundles/s; memory at most: client %.0f MB, service %.0f MB", v.ExportSeconds,
+			float64(v.Receipts)/v.ExportSeconds, v.ExportRSS, v.ServeRSS)},
+		{"verification", fmt.Sprintf("%.0f bundles/s per core, %.0f MB", 1e6/v.VerifyCPU, v.VerifyRSS)},
+		{"knhk fsck", fmt.Sprintf("%.1f s", v.FsckSeconds)},
+	} {
+		fmt.Fprintf(t, "%s\t%s\n", row.what, row.is)
+	}
+	return t.Flush()
+}
