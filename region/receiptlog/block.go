@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
-	"sync"
 	"time"
 
 	"github.com/knhk/sidecar/crypto/receipt"
-	"github.com/knhk/sidecar/policy"
 )
 
 // The WAL carries what a block is made of: a decision with its evidence beside it, or an outcome.
@@ -39,14 +37,6 @@ type rec struct {
 type span struct{ off, len uint32 }
 
 func (b *block) bytes(s span) []byte { return b.buf[s.off : s.off+s.len : s.off+s.len] }
-
-// pendingRef says where a decision stands that waits for its outcome.
-type pendingRef struct {
-	at    time.Time
-	block uint64
-	pos   uint32
-	late  bool // not the first outcome of its decision, which then stands anywhere
-}
 
 // addDecision encodes d and its evidence and returns the WAL entry, which is valid until the next call.
 func (b *block) addDecision(d *receipt.Decision, uuid [16]byte, ev *receipt.Evidence, requestID string) ([]byte, pendingRef) {
@@ -161,62 +151,4 @@ func lookupHash(kind byte, value []byte) uint64 {
 	h.Write([]byte{kind})
 	h.Write(value)
 	return h.Sum64()
-}
-
-// pendingSet is the set of decisions without outcome, in shards so that looking for the expired ones never stops the requests.
-type pendingSet struct {
-	shards [64]struct {
-		sync.Mutex
-		m map[[16]byte]pendingRef
-	}
-}
-
-func (p *pendingSet) put(uuid [16]byte, ref pendingRef) {
-	s := &p.shards[uuid[15]%64]
-	s.Lock()
-	defer s.Unlock()
-	if s.m == nil {
-		s.m = map[[16]byte]pendingRef{}
-	}
-	s.m[uuid] = ref
-}
-
-// claim removes uuid: only one outcome gets it.
-func (p *pendingSet) claim(uuid [16]byte) (pendingRef, bool) {
-	s := &p.shards[uuid[15]%64]
-	s.Lock()
-	defer s.Unlock()
-	ref, ok := s.m[uuid]
-	delete(s.m, uuid)
-	return ref, ok
-}
-
-func (p *pendingSet) len() (n int) {
-	for i := range p.shards {
-		s := &p.shards[i]
-		s.Lock()
-		n += len(s.m)
-		s.Unlock()
-	}
-	return n
-}
-
-// before lists the decisions made before t.
-func (p *pendingSet) before(t time.Time) (out [][16]byte) {
-	for i := range p.shards {
-		s := &p.shards[i]
-		s.Lock()
-		for uuid, ref := range s.m {
-			if ref.at.Before(t) {
-				out = append(out, uuid)
-			}
-		}
-		s.Unlock()
-	}
-	return out
-}
-
-// unknownOutcome is what is recorded when nobody told.
-func unknownOutcome(why string) *policy.Outcome {
-	return &policy.Outcome{Source: "recovery", Result: policy.ResultUnknown, Details: why}
 }

@@ -121,9 +121,10 @@ type Log struct {
 	crashed [][16]byte // those that a crash left; Run records their outcome
 
 	// chain is owned by the sealer: Open, then Run, then Close.
-	chain   chain
-	scratch [3][]byte // of putRecords
-	reuse   struct {  // memory of the last block that was committed
+	chain      chain
+	unanswered [][]openDecision // of the last blocks, by block; see putPending
+	scratch    [3][]byte        // of putRecords
+	reuse      struct {         // memory of the last block that was committed
 		buf  []byte
 		recs []rec
 	}
@@ -420,7 +421,7 @@ func (l *Log) Outcome(ctx context.Context, id string, o *policy.Outcome) error {
 	ref, ok := l.pending.claim(uuid)
 	if ok {
 		if err = l.writeOutcome(ctx, id, uuid, o, ref, false); err != nil {
-			l.pending.put(uuid, ref)
+			l.pending.putBack(uuid, ref)
 		}
 		return err
 	}

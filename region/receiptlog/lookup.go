@@ -559,7 +559,7 @@ func (l *Log) tree(n uint64) (*receipt.Tree, error) {
 	if err != nil || !ok {
 		return nil, errors.Join(err, fmt.Errorf("block %d is missing", n))
 	}
-	hashes := make([]receipt.Hash, 0, h.Count)
+	hashes := make([]receipt.Hash, 0, min(h.Count, 1<<16))
 	if err := l.store.each(n, h.Count, func(_ uint32, leaf []byte) error {
 		hashes = append(hashes, receipt.LeafHash(leaf))
 		return nil

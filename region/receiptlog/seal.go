@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
-	"github.com/google/uuid"
 	"github.com/transparency-dev/merkle/rfc6962"
 	"golang.org/x/sync/errgroup"
 
@@ -194,7 +193,7 @@ func (l *Log) commitBlock(ctx context.Context, b *block, kind string, x headerEx
 	batch := l.store.db.NewBatchWithSize(len(b.buf)/4 + 32*len(b.recs) + 4096) // about what becomes of it
 	defer batch.Close()
 	err := errors.Join(batch.Set(key(kHeader, b.n), leaf, nil), batch.Set(key(kTime, uint64(h.Time.UnixNano()), b.n), nil, nil),
-		putMeta(batch, "chain", c), l.putRecords(batch, b))
+		putMeta(batch, "chain", c), l.putRecords(batch, b), l.putPending(batch, b.n))
 	if err == nil {
 		err = batch.Commit(pebble.Sync)
 	}
@@ -258,17 +257,20 @@ func (l *Log) putRecords(batch *pebble.Batch, b *block) error {
 			answered[r.ref.pos] = true
 			continue
 		}
-		errs = append(errs, batch.Delete(uuidKey(kPending, r.uuid), nil))
+		if r.ref.late || r.ref.stored || b.n-r.ref.block >= farBlocks {
+			errs = append(errs, batch.Delete(uuidKey(kPending, r.uuid), nil))
+		}
 		if r.ref.late || b.n-r.ref.block > farBlocks {
 			errs = append(errs, batch.Set(binary.BigEndian.AppendUint64(uuidKey(kOutcome, r.uuid), b.n), nil, nil))
 		}
 	}
+	var open []openDecision
 	for i := range b.recs {
 		if r := &b.recs[i]; r.decision && !answered[i] {
-			v := binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, b.n), uint64(i))
-			errs = append(errs, batch.Set(uuidKey(kPending, r.uuid), v, nil))
+			open = append(open, openDecision{r.uuid, b.n, uint32(i)})
 		}
 	}
+	l.unanswered = append(l.unanswered, open)
 	slices.Sort(ids)
 	list := make([]byte, 0, 8*len(ids))
 	for _, id := range ids {
@@ -423,60 +425,6 @@ func parseCheckpoint(raw []byte) (*checkpoint, error) {
 		return nil, fmt.Errorf("read checkpoint: %w", err)
 	}
 	return &checkpoint{raw: raw, size: uint64(c.N), root: receipt.Hash(c.Hash)}, nil
-}
-
-// runExpiry records the outcome "unknown" for the decisions that a crash left behind and for those that have waited too long.
-func (l *Log) runExpiry(ctx context.Context) error {
-	crashed := l.crashed
-	tick := time.NewTimer(0)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-		if err := l.expire(ctx, crashed, "the process ended before the outcome was known"); err == nil {
-			crashed = nil
-			err = l.expire(ctx, l.pending.before(l.clock.now().Add(-l.cfg.OutcomeTimeout)), "outcome_timeout")
-			if err != nil && !errors.Is(err, ErrFull) {
-				return err
-			}
-		} else if !errors.Is(err, ErrFull) {
-			return err
-		}
-		if next := max(l.cfg.OutcomeTimeout/20, 250*time.Millisecond); len(crashed) == 0 {
-			tick.Reset(next)
-		} else {
-			tick.Reset(50 * time.Millisecond) // the WAL was full: those written are not tried again, they are no longer pending
-		}
-	}
-}
-
-// expire records the outcome "unknown" for those of uuids that are still pending. ErrFull: try again soon.
-func (l *Log) expire(ctx context.Context, uuids [][16]byte, why string) error {
-	one := func(u [16]byte) error {
-		// An outcome that comes between the claim and the record waits, and is then a late one.
-		l.lateMu.Lock()
-		defer l.lateMu.Unlock()
-		ref, ok := l.pending.claim(u)
-		if !ok {
-			return nil
-		}
-		id := uuid.UUID(u).String() + "." + l.cfg.Instance
-		if err := l.writeOutcome(ctx, id, u, unknownOutcome(why), ref, false); err != nil {
-			l.pending.put(u, ref)
-			return err
-		}
-		l.counts.unknownOutcomes.Add(1)
-		return nil
-	}
-	for _, u := range uuids {
-		if err := one(u); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // recover brings a directory back to where its records say it is: see doc.go.
@@ -645,23 +593,6 @@ func (l *Log) matchLog(ctx context.Context) (behind bool, err error) {
 		}
 	}
 	return behind, nil
-}
-
-// loadPending reads the decisions in blocks that have no outcome yet.
-func (l *Log) loadPending() error {
-	it, err := l.store.db.NewIter(&pebble.IterOptions{LowerBound: []byte{kPending}, UpperBound: []byte{kPending + 1}})
-	if err != nil {
-		return fmt.Errorf("read block store: %w", err)
-	}
-	for it.First(); it.Valid(); it.Next() {
-		k, v := it.Key(), it.Value()
-		if len(k) != 17 || len(v) != 16 {
-			return errors.Join(fmt.Errorf("read block store: pending decision %x is damaged", k), it.Close())
-		}
-		uuid := [16]byte(k[1:])
-		l.pending.put(uuid, pendingRef{at: receipt.IDTime(uuid), block: binary.BigEndian.Uint64(v), pos: uint32(binary.BigEndian.Uint64(v[8:]))})
-	}
-	return errors.Join(it.Error(), it.Close())
 }
 
 // finish seals what is open and closes the incarnation.

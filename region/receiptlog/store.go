@@ -27,7 +27,7 @@ const chunkRecords = 256
 //	E n chunk    evidence of the same records, zstd; kept apart so that it can be erased
 //	I n          id index of the block: sorted (hash32 of the receipt id, position) pairs
 //	O uuid n     block of an outcome that stands more than farBlocks after its decision
-//	P uuid       decision without outcome: n, position
+//	P uuid       decision still without outcome farBlocks after its block: n, position
 //	Q hash n pos decision found by x-request-id or trace id: hash64 of the value
 //	T time n     block by the time it was closed
 //	K index      key statement leaf, by its index in the log
@@ -46,7 +46,8 @@ const (
 	kMeta     = 'M'
 )
 
-// farBlocks is how many blocks after its decision's an outcome is searched for without an O key.
+// farBlocks is how many blocks after its decision's an outcome is searched for without an O key, and a decision waits for its outcome
+// without a P key.
 const farBlocks = 3
 
 // What is kept of what was read: neighbours are asked for together. A chunk or an index of unusual size is read again instead.
@@ -286,7 +287,7 @@ func (s *store) each(n, count uint64, fn func(pos uint32, leaf []byte) error) er
 
 // records reads all records of block n, which holds count.
 func (s *store) records(n, count uint64) ([][]byte, error) {
-	all := make([][]byte, 0, count)
+	all := make([][]byte, 0, min(count, 1<<16)) // what a header says is not trusted yet
 	err := s.each(n, count, func(_ uint32, leaf []byte) error {
 		all = append(all, leaf)
 		return nil
