@@ -60,6 +60,11 @@ test: setup ## every test: packages, race detector, real Envoy; a line for each 
 bench: setup ## knhk beside no-op ext_proc servers on one Envoy; prints a table, writes bench.json
 	go run ./e2e/bench $(BENCHFLAGS)
 
+.PHONY: sizing
+sizing: setup ## what a million receipts cost, and knhk at 100, 1,000 and 10,000 requests a second; writes volume.json, sizing.json
+	go run ./e2e/bench volume
+	go run ./e2e/bench sizing
+
 .PHONY: fault
 fault: setup ## every fault at its full rounds; prints a table, writes fault.json (FAULTFLAGS="--rounds crash/kill-9=1000")
 	go run ./e2e/fault/lane $(FAULTFLAGS)
@@ -105,4 +110,4 @@ drift: generate ## fail if generated code or go.mod differ from what is committe
 
 .PHONY: clean
 clean: ## remove what make made, except state under run/
-	rm -rf bin $(VENV) .tools bench.json fault.json
+	rm -rf bin $(VENV) .tools *.json

@@ -3,6 +3,7 @@
 //
 //	go run ./e2e/bench [--rounds 5] [--seconds 3] [--cases none,stock-noop,...] [--quick] [--out bench.json]
 //	go run ./e2e/bench volume [--receipts 1000000] [--out volume.json]
+//	go run ./e2e/bench sizing [--seconds 10] [--out sizing.json]
 //
 // One real Envoy with one worker has a listener per case; every listener has the same HTTP settings and answers from a
 // direct_response route, so that no upstream adds noise (xds.cluster_name is then absent). A round runs the cases one
@@ -74,6 +75,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	switch {
 	case len(args) > 0 && args[0] == "volume":
 		return measureVolume(ctx, args[1:], stdout, stderr)
+	case len(args) > 0 && args[0] == "sizing":
+		return measureSizing(ctx, args[1:], stdout, stderr)
 	case len(args) == 3 && args[0] == "fill": // started by volume
 		n, err := strconv.Atoi(args[2])
 		if err != nil {
