@@ -110,4 +110,4 @@ drift: generate ## fail if generated code or go.mod differ from what is committe
 
 .PHONY: clean
 clean: ## remove what make made, except state under run/
-	rm -rf bin $(VENV) .tools *.json
+	rm -rf bin $(VENV) .tools bench.json fault.json mutants.json sizing.json soak.json volume.json
