@@ -13,10 +13,10 @@ import (
 )
 
 const (
-	clients   = 8
-	spacing   = 20 * time.Millisecond // of one client's requests
-	slowOnes  = 16                    // every so many requests the upstream takes its time
-	reconnect = 400                   // requests on one connection: harness.Conn ends after 30 s
+	clients = 12
+	patient = 4                     // of the clients, whose every request takes the upstream a while
+	spacing = 20 * time.Millisecond // at least, of one client's requests
+	keepFor = 10 * time.Second      // a connection: harness.Conn ends after 30 s
 )
 
 // request is one request that load has sent, and what came back.
@@ -77,9 +77,10 @@ func (l *load) end() []request {
 	return l.sent
 }
 
-// client sends requests until ctx ends. A slow answer does not move those that follow: they are sent as soon as they can.
+// client sends requests until ctx ends.
 func (l *load) client(ctx context.Context, addr string, number int) {
 	var conn *harness.Conn
+	var dialed time.Time
 	due := time.Now().Add(spacing * time.Duration(number) / clients)
 	for n := 0; ; n++ {
 		select {
@@ -90,22 +91,24 @@ func (l *load) client(ctx context.Context, addr string, number int) {
 			return
 		case <-time.After(time.Until(due)):
 		}
-		due = due.Add(spacing)
+		if due = due.Add(spacing); due.Before(time.Now()) {
+			due = time.Now()
+		}
 		r := request{class: "W1", target: "/p"}
 		if n%2 == 0 {
 			r.class, r.target = "R1", "/hot"
 		}
-		if n%slowOnes/2 == 0 {
-			r.target += "/do/slow/300"
+		if number < patient {
+			r.target += "/do/slow/250"
 		}
 		r.target += fmt.Sprintf("?%d-%d", number, n)
-		if n%reconnect == 0 || conn == nil {
-			if conn != nil {
-				conn.Close()
-			}
-			if conn, r.err = harness.Dial(context.WithoutCancel(ctx), addr); r.err != nil {
-				conn = nil
-			}
+		if conn != nil && time.Since(dialed) > keepFor {
+			conn.Close()
+			conn = nil
+		}
+		if conn == nil {
+			dialed = time.Now()
+			conn, r.err = harness.Dial(context.WithoutCancel(ctx), addr)
 		}
 		if conn != nil {
 			resp, err := conn.Do(harness.Request{Method: http.MethodPost, Target: r.target, Body: "x"})
