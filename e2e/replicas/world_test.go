@@ -54,8 +54,9 @@ func both(t *testing.T, f func(t *testing.T, capture string)) {
 // world is two replicas behind an Envoy, audited at the end.
 type world struct {
 	*stack.Stack
-	t       *testing.T
-	stopped bool
+	t        *testing.T
+	stopped  bool
+	reloaded int // configurations that were put in force since the start
 }
 
 func start(t *testing.T, capture string) *world {
@@ -214,8 +215,12 @@ func (w *world) settle() map[string]*entry {
 		var list []*entry
 		w.eventually("every outcome at replica "+r.Instance+" is under a signed checkpoint", func() error {
 			for _, name := range []string{"knhk_receipts_pending", "knhk_log_unsigned_seconds"} {
-				if n, err := sum(w.t.Context(), r, name); err != nil || n != 0 {
-					return fmt.Errorf("%s is %v: %w", name, n, err)
+				n, err := sum(w.t.Context(), r, name)
+				if err == nil && n != 0 {
+					err = fmt.Errorf("%s is %v", name, n)
+				}
+				if err != nil {
+					return err
 				}
 			}
 			if _, err := r.Run(w.t.Context(), nil, "receipts", "export", "--evidence", "--file", file); err != nil {
