@@ -203,6 +203,7 @@ func TestReload(t *testing.T) {
 // TestOutcomesFindTheirReplica sends what is admitted, refused and never decided through both replicas: every receipt has its
 // outcome where its decision is, and what has no receipt is told to one of them, once.
 func TestOutcomesFindTheirReplica(t *testing.T) {
+	t.Parallel()
 	both(t, func(t *testing.T, capture string) {
 		w := start(t, capture)
 		const each = 30
@@ -257,4 +258,52 @@ func TestOutcomesFindTheirReplica(t *testing.T) {
 		}
 		w.finish()
 	})
+}
+
+// TestOutlivesItsReplica restarts a replica while requests that it has admitted are at the upstream for longer than it may drain:
+// they are answered, and their outcomes find the replica that is back.
+func TestOutlivesItsReplica(t *testing.T) {
+	t.Parallel()
+	w := start(t, "lean")
+	const slow = 8
+	var conns []*harness.Conn
+	for i := range slow {
+		c, err := harness.Dial(t.Context(), w.Listener)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if err := c.Write(harness.Request{Target: fmt.Sprintf("/p/do/slow/6000?%d", i)}.Bytes()); err != nil {
+			t.Fatal(err)
+		}
+		conns = append(conns, c)
+	}
+	w.eventually("the upstream has them", func() error {
+		if n := len(w.Upstream.Seen()); n < slow {
+			return fmt.Errorf("%d of %d", n, slow)
+		}
+		return nil
+	})
+	r := w.Others[0]
+	if n, err := sum(t.Context(), r, "knhk_receipts_pending"); err != nil || n == 0 {
+		t.Fatalf("replica %s waits for %v outcomes, %v", r.Instance, n, err)
+	}
+	if err := r.Knhk.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Knhk.Wait(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.StartKnhk(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var sent []request
+	for i, c := range conns {
+		resp, err := c.Read("GET")
+		if err != nil {
+			t.Fatal(err)
+		}
+		sent = append(sent, request{target: fmt.Sprintf("/p/do/slow/6000?%d", i), class: "W1", status: resp.Status, id: resp.Header.Get("X-Knhk-Receipt")})
+	}
+	w.audit(sent)
 }
