@@ -303,7 +303,8 @@ func TestOutlivesItsReplica(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		sent = append(sent, request{target: fmt.Sprintf("/p/do/slow/6000?%d", i), class: "W1", status: resp.Status, id: resp.Header.Get("X-Knhk-Receipt")})
+		sent = append(sent, request{target: fmt.Sprintf("/p/do/slow/6000?%d", i), class: "W1", status: resp.Status,
+			id: resp.Header.Get("X-Knhk-Receipt")})
 	}
 	w.audit(sent)
 }
