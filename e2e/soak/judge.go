@@ -106,7 +106,7 @@ func growth(what string, tr Trend, over time.Duration) Verdict {
 		// The uncertainty of a slope falls with the time to the power of 1.5.
 		need := time.Duration(float64(over) * math.Pow(half/(limit/2), 2.0/3)).Round(time.Minute)
 		v.Result = undecided
-		v.Why += fmt.Sprintf("; a run of this length and noise tells slopes of %.1f %%/h and more, %.1f would take about %v",
+		v.Why += fmt.Sprintf("; a run of this length and noise tells slopes of %.1f %%/h and more; to tell %.1f it would take about %v",
 			half*100, limit*100/2, need)
 	}
 	return v

@@ -30,7 +30,7 @@ type Sample struct {
 	Goroutines float64 `json:"goroutines"`
 	RSS        float64 `json:"rss_bytes"`       // of knhk, mean over the interval
 	EnvoyRSS   float64 `json:"envoy_rss_bytes"` // likewise
-	Live       float64 `json:"live_heap_bytes"` // of knhk, as its last garbage collection found it
+	Live       float64 `json:"live_heap_bytes"` // of knhk, after a garbage collection, when all that was asked is signed
 	Open       float64 `json:"open_files"`      // descriptors of knhk
 	EnvoyOpen  float64 `json:"envoy_open_files"`
 	CPU        float64 `json:"cpu_us_per_request"`
@@ -173,8 +173,38 @@ func cpu(s *stack.Stack) (knhk, envoy time.Duration, err error) {
 	return knhk, envoy, err
 }
 
+// calm waits until knhk has nothing left to do, and then has it collect its garbage, so that what is counted afterwards does not
+// depend on when it is counted. Outcomes that never come end the wait, not the run.
+func calm(ctx context.Context, s *stack.Stack) error {
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		m, err := metrics(ctx, s.Admin)
+		if err != nil {
+			return err
+		}
+		if m["knhk_receipts_pending"] == 0 && m["knhk_log_unsigned_seconds"] == 0 || time.Now().After(deadline) {
+			break
+		}
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+s.Admin+"/debug/pprof/heap?gc=1", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return fmt.Errorf("collect garbage: %w", err)
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("collect garbage: status %d: %w", resp.StatusCode, err)
+	}
+	return nil
+}
+
 // read fills in what counts things.
 func (sm *Sample) read(ctx context.Context, s *stack.Stack) error {
+	if err := calm(ctx, s); err != nil {
+		return err
+	}
 	m, err := metrics(ctx, s.Admin)
 	if err != nil {
 		return err
@@ -184,7 +214,7 @@ func (sm *Sample) read(ctx context.Context, s *stack.Stack) error {
 		name string
 	}{
 		{&sm.Goroutines, "go_goroutines"}, {&sm.Blocks, "knhk_log_blocks_total"}, {&sm.Leaves, "knhk_log_checkpoint"},
-		{&sm.Decisions, "knhk_decisions_total"}, {&sm.Pending, "knhk_receipts_pending"}, {&sm.Unknown, "knhk_outcomes_unknown_total"},
+		{&sm.Live, "go_memstats_heap_alloc_bytes"}, {&sm.Decisions, "knhk_decisions_total"}, {&sm.Pending, "knhk_receipts_pending"}, {&sm.Unknown, "knhk_outcomes_unknown_total"},
 	} {
 		v, there := m[f.name]
 		if !there {
@@ -192,8 +222,6 @@ func (sm *Sample) read(ctx context.Context, s *stack.Stack) error {
 		}
 		*f.to = v
 	}
-	// The collector aims at the live heap and GOGC percent more.
-	sm.Live = m["go_memstats_next_gc_bytes"] / (1 + m["go_gc_gogc_percent"]/100)
 	for _, d := range []struct {
 		to   *Files
 		name string

@@ -179,7 +179,7 @@ func TestSoak(t *testing.T) {
 	harness.RequireEnvoy(t)
 	file := filepath.Join(t.TempDir(), "soak.json")
 	var out bytes.Buffer
-	err := run(t.Context(), []string{"--seconds", "8", "--soft", "--conns", "8", "--out", file}, &out, &out)
+	err := run(t.Context(), []string{"--seconds", "15", "--soft", "--conns", "8", "--out", file}, &out, &out)
 	t.Logf("%v\n%s", err, &out)
 	b, rerr := os.ReadFile(file)
 	if rerr != nil {
