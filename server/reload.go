@@ -40,8 +40,9 @@ func (s *Server) watchConfig(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-hup:
-			s.reload("SIGHUP")
+			// Read before it is loaded: a change in between is then reloaded once more, not missed.
 			seen, _ = os.ReadFile(s.path)
+			s.reload("SIGHUP")
 		case <-w.Events:
 			quiet.Reset(settle)
 		case err := <-w.Errors:

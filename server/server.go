@@ -227,6 +227,8 @@ func (s *Server) Run(ctx context.Context) error {
 	defer stopLog()
 	admission, stopAdmission := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopAdmission()
+	// Connections wait in the listeners' queues since New: the first request must find a tick, whatever goroutine runs first.
+	s.pipeline.Advance()
 	var pipeline, recorders errgroup.Group
 	pipeline.Go(func() error { return s.pipeline.Run(admission) })
 	recorders.Go(func() error {

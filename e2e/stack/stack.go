@@ -2,7 +2,8 @@
 // writes, the knhk program, and an upstream that behaves as the path asks.
 //
 // It promises that a stack is what a user gets from the README's commands, in one directory, with keys in a SoftHSM token where
-// SoftHSM is there. It judges nothing. Nothing here is for production.
+// SoftHSM is there; with Config.Replicas, several knhk behind one Envoy, each with an origin, state and keys of its own. It
+// judges nothing. Nothing here is for production.
 package stack
 
 import (
@@ -40,6 +41,8 @@ type Config struct {
 	EditBootstrap func([]byte) []byte
 	// UnixSocket has Envoy talk to knhk over a unix socket.
 	UnixSocket bool
+	// Replicas is how many knhk stand behind the Envoy; default 1. See Stack.Others.
+	Replicas int
 }
 
 // Stack is a running whole.
@@ -56,14 +59,22 @@ type Stack struct {
 	EnvoyAdmin string
 	Custody    string // where the keys live, in words
 
+	Instance string // "a", then "b" and so on
+
 	Upstream *harness.Upstream
 	Knhk     *harness.Process
 	Envoy    *harness.Envoy
+
+	// Others are the replicas beside this one: stacks without an upstream or an Envoy of their own, in directories below Dir.
+	// Start and Stop of the first stack include them.
+	Others []*Stack
 
 	env    []string
 	origin string
 	keyURI func(label string) string
 	starts int
+
+	replicas []*Stack // all of them, for every one's configuration
 }
 
 var build = sync.OnceValues(func() (string, error) {
@@ -87,8 +98,36 @@ func New(ctx context.Context, cfg Config) (*Stack, error) {
 	if err != nil {
 		return nil, err
 	}
+	s, err := prepare(cfg, bin, "a")
+	if err != nil {
+		return nil, err
+	}
+	for i := 1; i < cfg.Replicas; i++ {
+		instance, sub := string(rune('a'+i)), cfg
+		sub.Dir = filepath.Join(cfg.Dir, instance)
+		other, err := prepare(sub, bin, instance)
+		if err != nil {
+			return nil, err
+		}
+		other.Listener, other.EnvoyAdmin, other.origin = s.Listener, s.EnvoyAdmin, s.origin+"-"+instance
+		s.Others = append(s.Others, other)
+	}
+	if s.Upstream, err = harness.StartUpstream(); err != nil {
+		return nil, err
+	}
+	for _, r := range s.All() {
+		r.Upstream, r.replicas = s.Upstream, s.All()
+		if err := r.WriteConfig(cfg.YAML); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// prepare makes the directory, keys and addresses of one knhk.
+func prepare(cfg Config, bin, instance string) (*Stack, error) {
 	s := &Stack{Config: cfg, Bin: bin, StateDir: filepath.Join(cfg.Dir, "state"), ConfigFile: filepath.Join(cfg.Dir, "knhk.yaml"),
-		EnvoyFile: filepath.Join(cfg.Dir, "envoy.yaml"), origin: "example.com/knhk/e2e"}
+		EnvoyFile: filepath.Join(cfg.Dir, "envoy.yaml"), origin: "example.com/knhk/e2e", Instance: instance}
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, err
 	}
@@ -96,6 +135,7 @@ func New(ctx context.Context, cfg Config) (*Stack, error) {
 		return nil, err
 	}
 	for _, a := range []*string{&s.Admin, &s.Tiles, &s.Sidecar, &s.Listener, &s.EnvoyAdmin} {
+		var err error
 		if *a, err = harness.FreeAddr(); err != nil {
 			return nil, err
 		}
@@ -103,11 +143,11 @@ func New(ctx context.Context, cfg Config) (*Stack, error) {
 	if cfg.UnixSocket {
 		s.Sidecar = "unix:" + filepath.Join(cfg.Dir, "knhk.sock")
 	}
-	if s.Upstream, err = harness.StartUpstream(); err != nil {
-		return nil, err
-	}
-	return s, s.WriteConfig(cfg.YAML)
+	return s, nil
 }
+
+// All are this stack and its Others.
+func (s *Stack) All() []*Stack { return append([]*Stack{s}, s.Others...) }
 
 // makeKeys makes a token, or names a directory for software keys.
 func (s *Stack) makeKeys() error {
@@ -145,9 +185,16 @@ func (s *Stack) WriteConfig(yaml string) error {
 	if capture == "" {
 		capture = "LEAN"
 	}
-	yaml = strings.Replace(yaml, "envoy:\n", fmt.Sprintf("envoy:\n  listener: %s\n  admin: %s\n  capture: %s\n", s.Listener, s.EnvoyAdmin, capture), 1)
+	envoy := fmt.Sprintf("envoy:\n  listener: %s\n  admin: %s\n  capture: %s\n", s.Listener, s.EnvoyAdmin, capture)
+	if len(s.replicas) > 1 {
+		envoy += "  replicas:\n"
+		for _, r := range s.replicas {
+			envoy += fmt.Sprintf("    - {instance: %s, address: %q}\n", r.Instance, r.Sidecar)
+		}
+	}
+	yaml = strings.Replace(yaml, "envoy:\n", envoy, 1)
 	head := fmt.Sprintf(`origin: %s
-instance: a
+instance: %s
 state_dir: %s
 listeners:
   envoy: %s
@@ -157,14 +204,21 @@ keys:
   identity: {uri: %q}
   daily: {uri: %q}
 shutdown: {announce: 0.2s, drain: 3s}
-`, s.origin, s.StateDir, s.Sidecar, s.Admin, s.Tiles, s.keyURI("identity"), s.keyURI("daily"))
-	return os.WriteFile(s.ConfigFile, []byte(head+yaml), 0o600)
+`, s.origin, s.Instance, s.StateDir, s.Sidecar, s.Admin, s.Tiles, s.keyURI("identity"), s.keyURI("daily"))
+	// Whole or not at all: a knhk that runs may read it at any moment.
+	next := s.ConfigFile + ".next"
+	if err := os.WriteFile(next, []byte(head+yaml), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(next, s.ConfigFile)
 }
 
-// Start starts knhk and then Envoy.
+// Start starts knhk, every replica of it, and then Envoy.
 func (s *Stack) Start(ctx context.Context) error {
-	if err := s.StartKnhk(ctx); err != nil {
-		return err
+	for _, r := range s.All() {
+		if err := r.StartKnhk(ctx); err != nil {
+			return err
+		}
 	}
 	return s.StartEnvoy(ctx)
 }
@@ -195,14 +249,16 @@ func (s *Stack) StartEnvoy(ctx context.Context) error {
 	return err
 }
 
-// Stop ends Envoy and knhk in that order, so that Envoy's access log arrives, and the upstream.
+// Stop ends Envoy and every knhk in that order, so that Envoy's access log arrives, and the upstream.
 func (s *Stack) Stop(ctx context.Context) error {
 	var errs []error
 	if s.Envoy != nil {
 		errs = append(errs, s.Envoy.Stop(ctx))
 	}
-	if s.Knhk != nil {
-		errs = append(errs, s.Knhk.Stop(ctx))
+	for _, r := range s.All() {
+		if r.Knhk != nil {
+			errs = append(errs, r.Knhk.Stop(ctx))
+		}
 	}
 	s.Upstream.Close()
 	return errors.Join(errs...)

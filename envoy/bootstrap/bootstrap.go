@@ -17,6 +17,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
@@ -66,13 +67,14 @@ func Bootstrap(cfg *configv1.Config) (*bootstrapv3.Bootstrap, error) {
 	}
 	listener, lerr := Listener(cfg, SidecarCluster)
 	sidecar, serr := Sidecar(cfg, SidecarCluster)
+	each, rerr := replicaClusters(cfg, SidecarCluster)
 	upstreams, uerr := upstreamClusters(cfg)
 	admin, aerr := tcpAddress(orDefault(cfg.GetEnvoy().GetAdmin(), defaultAdmin))
 	if aerr != nil {
 		aerr = fmt.Errorf("envoy.admin: %w", aerr)
 	}
 	limits, oerr := overload()
-	if err := errors.Join(lerr, serr, uerr, aerr, oerr); err != nil {
+	if err := errors.Join(lerr, serr, rerr, uerr, aerr, oerr); err != nil {
 		return nil, fmt.Errorf("bootstrap: %w", err)
 	}
 	return &bootstrapv3.Bootstrap{
@@ -81,7 +83,7 @@ func Bootstrap(cfg *configv1.Config) (*bootstrapv3.Bootstrap, error) {
 		Admin: &bootstrapv3.Admin{Address: admin},
 		StaticResources: &bootstrapv3.Bootstrap_StaticResources{
 			Listeners: []*listenerv3.Listener{listener},
-			Clusters:  append([]*clusterv3.Cluster{sidecar}, upstreams...),
+			Clusters:  slices.Concat([]*clusterv3.Cluster{sidecar}, each, upstreams),
 		},
 		OverloadManager: limits,
 	}, nil

@@ -64,6 +64,16 @@ var goldens = []struct {
 			{Name: "elsewhere", Policy: &configv1.RoutePolicy{Class: configv1.Class_R1}},
 		},
 	}},
+	// Two replicas, the second behind a unix socket: ext_proc asks either, each has its own access log, one holds the rest.
+	{"replicas", &configv1.Config{
+		Instance:  "a",
+		Listeners: &configv1.Listeners{Envoy: "127.0.0.1:8443"},
+		Envoy: &configv1.Envoy{
+			Clusters: []*configv1.Cluster{{Name: "app", Endpoints: []string{"127.0.0.1:8080"}}},
+			Replicas: []*configv1.Replica{{Instance: "a", Address: "127.0.0.1:8443"}, {Instance: "b", Address: "unix:/run/b.sock"}},
+		},
+		Routes: []*configv1.Route{{Name: "app", Cluster: "app"}},
+	}},
 	// Nothing gets a receipt unless a route says so: the filter is off and turned on per route.
 	{"optin", &configv1.Config{
 		Instance:     "a",
@@ -158,6 +168,13 @@ func TestBootstrapErrors(t *testing.T) {
 		{"our cluster's name is ours", &configv1.Config{Listeners: ours, Envoy: &configv1.Envoy{
 			Clusters: []*configv1.Cluster{{Name: SidecarCluster, Endpoints: []string{"127.0.0.1:1"}}}}},
 			[]string{`envoy.clusters[0]: name "knhk" is taken`}},
+		{"the cluster of a replica is ours too", &configv1.Config{Listeners: ours, Envoy: &configv1.Envoy{
+			Clusters: []*configv1.Cluster{{Name: "knhk-b", Endpoints: []string{"127.0.0.1:1"}}},
+			Replicas: []*configv1.Replica{{Instance: "a", Address: "127.0.0.1:8443"}, {Instance: "b", Address: "127.0.0.1:8444"}}}},
+			[]string{`envoy.clusters[0]: name "knhk-b" is taken`}},
+		{"two replicas of a name, one nowhere", &configv1.Config{Listeners: ours, Envoy: &configv1.Envoy{
+			Replicas: []*configv1.Replica{{Instance: "a", Address: "127.0.0.1:8443"}, {Instance: "a", Address: "b"}}}},
+			[]string{`envoy.replicas[1]: instance "a" is taken`, "envoy.replicas[1].address"}},
 		{"two clusters of a name", &configv1.Config{Listeners: ours, Envoy: &configv1.Envoy{Clusters: append(app, app...)}},
 			[]string{`envoy.clusters[1]: name "app" is taken`}},
 		{"two routes of a name, the second elsewhere", &configv1.Config{Listeners: ours, Envoy: &configv1.Envoy{Clusters: app},

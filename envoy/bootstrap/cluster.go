@@ -29,15 +29,25 @@ const (
 	optionsKey           = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 )
 
-// Sidecar returns the cluster of knhk's own gRPC services under the given name, for listeners.envoy of cfg: TCP or a
-// unix socket, HTTP/2. A gRPC health check on HealthService takes a draining replica out where there is another; with
-// one replica Envoy's panic mode keeps sending to it, and its answer, not an absence, decides.
+// Sidecar returns the cluster of knhk's own gRPC services under the given name: listeners.envoy of cfg, or every one of
+// envoy.replicas. TCP or unix sockets, HTTP/2. A gRPC health check on HealthService takes a draining replica out where there
+// is another; with one replica Envoy's panic mode keeps sending to it, and its answer, not an absence, decides.
 func Sidecar(cfg *configv1.Config, name string) (*clusterv3.Cluster, error) {
 	addr, err := anyAddress(cfg.GetListeners().GetEnvoy())
 	if err != nil {
 		return nil, fmt.Errorf("listeners.envoy: %w", err)
 	}
-	c, err := cluster(cfg, name, []*corev3.Address{addr}, true)
+	addrs := []*corev3.Address{addr}
+	if replicas := replicas(cfg); replicas != nil {
+		addrs = nil
+		for i, r := range replicas {
+			if addr, err = anyAddress(r.GetAddress()); err != nil {
+				return nil, fmt.Errorf("envoy.replicas[%d].address: %w", i, err)
+			}
+			addrs = append(addrs, addr)
+		}
+	}
+	c, err := cluster(cfg, name, addrs, true)
 	if err != nil {
 		return nil, fmt.Errorf("cluster %s: %w", name, err)
 	}
@@ -57,11 +67,49 @@ func Sidecar(cfg *configv1.Config, name string) (*clusterv3.Cluster, error) {
 	return c, nil
 }
 
+// replicas returns envoy.replicas where there are several: a list of one says nothing that listeners.envoy does not.
+func replicas(cfg *configv1.Config) []*configv1.Replica {
+	if r := cfg.GetEnvoy().GetReplicas(); len(r) > 1 {
+		return r
+	}
+	return nil
+}
+
+// replicaCluster is the name of the cluster that holds one replica alone.
+func replicaCluster(sidecar, instance string) string { return sidecar + "-" + instance }
+
+// replicaClusters returns a cluster for each of several replicas, for its share of the access log. Without a health check: there
+// is nowhere else to go, and a replica that leaves must hear what became of its last decisions.
+func replicaClusters(cfg *configv1.Config, sidecar string) ([]*clusterv3.Cluster, error) {
+	var out []*clusterv3.Cluster
+	var errs []error
+	for i, r := range replicas(cfg) {
+		addr, err := anyAddress(r.GetAddress())
+		if err != nil {
+			continue // told by Sidecar
+		}
+		c, err := cluster(cfg, replicaCluster(sidecar, r.GetInstance()), []*corev3.Address{addr}, true)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("envoy.replicas[%d]: %w", i, err))
+			continue
+		}
+		out = append(out, c)
+	}
+	return out, errors.Join(errs...)
+}
+
 // upstreamClusters returns envoy.clusters in their order.
 func upstreamClusters(cfg *configv1.Config) ([]*clusterv3.Cluster, error) {
 	var out []*clusterv3.Cluster
 	var errs []error
 	seen := map[string]bool{SidecarCluster: true}
+	for i, r := range replicas(cfg) {
+		name := replicaCluster(SidecarCluster, r.GetInstance())
+		if seen[name] {
+			errs = append(errs, fmt.Errorf("envoy.replicas[%d]: instance %q is taken", i, r.GetInstance()))
+		}
+		seen[name] = true
+	}
 	for i, u := range cfg.GetEnvoy().GetClusters() {
 		if seen[u.GetName()] {
 			errs = append(errs, fmt.Errorf("envoy.clusters[%d]: name %q is taken", i, u.GetName()))

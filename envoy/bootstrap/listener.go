@@ -11,6 +11,7 @@ import (
 	alsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/grpc/v3"
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -34,8 +35,8 @@ const (
 	filterRouter  = "envoy.filters.http.router"
 )
 
-// Listener returns the listener for cfg, with ext_proc and access log sent to the cluster named sidecar. Faults of cfg
-// are reported all at once.
+// Listener returns the listener for cfg, with ext_proc and access log sent to the cluster named sidecar; with several
+// envoy.replicas, the access log also to the clusters of each (see Bootstrap). Faults of cfg are reported all at once.
 func Listener(cfg *configv1.Config, sidecar string) (*listenerv3.Listener, error) {
 	var errs []error
 	addr, err := tcpAddress(orDefault(cfg.GetEnvoy().GetListener(), defaultListener))
@@ -70,7 +71,7 @@ func connectionManager(cfg *configv1.Config, sidecar string) (*hcmv3.HttpConnect
 	headers, herr := receiptHeaders()
 	processor, perr := processorFilter(cfg, sidecar)
 	router, oerr := filter(filterRouter, &routerv3.Router{})
-	log, lerr := accessLog(cfg, sidecar)
+	logs, lerr := accessLogs(cfg, sidecar)
 	if err := errors.Join(rerr, serr, herr, perr, oerr, lerr); err != nil {
 		return nil, err
 	}
@@ -83,7 +84,7 @@ func connectionManager(cfg *configv1.Config, sidecar string) (*hcmv3.HttpConnect
 		// The order matters: encoder filters run from the last to the first, so headers sees what ext_proc and the upstream
 		// left, local replies included.
 		HttpFilters: []*hcmv3.HttpFilter{headers, processor, router},
-		AccessLog:   []*accesslogv3.AccessLog{log},
+		AccessLog:   logs,
 		// Nobody is internal: a client on a private address is a client, whose x-request-id and x-envoy-* are its own claims.
 		// An empty list would mean Envoy's default, all private addresses; the broadcast address is nobody's source.
 		UseRemoteAddress: wrapperspb.Bool(true),
@@ -114,15 +115,53 @@ func connectionManager(cfg *configv1.Config, sidecar string) (*hcmv3.HttpConnect
 	}, nil
 }
 
-// accessLog sends each finished stream to knhk: in lean capture it is where outcomes come from, in both it is the audit
-// of completeness. Dynamic metadata, request id, route, cluster, flags and sizes are in the common properties.
-func accessLog(cfg *configv1.Config, sidecar string) (*accesslogv3.AccessLog, error) {
+// accessLogs send each finished stream to knhk: in lean capture it is where outcomes come from, in both it is the audit
+// of completeness. An access log stream lives as long as its connection while every request may be decided by another
+// replica: with several, each has a log of its own, which holds the entries whose receipt id ends in its instance, and what
+// nobody decided goes to any of them. So each entry is still sent once.
+func accessLogs(cfg *configv1.Config, sidecar string) ([]*accesslogv3.AccessLog, error) {
+	all := replicas(cfg)
+	if all == nil {
+		log, err := accessLog(cfg, sidecar, nil)
+		return []*accesslogv3.AccessLog{log}, err
+	}
+	var out []*accesslogv3.AccessLog
+	var errs []error
+	for _, r := range all {
+		log, err := accessLog(cfg, replicaCluster(sidecar, r.GetInstance()), receiptFilter(&matcherv3.ValueMatcher{
+			MatchPattern: &matcherv3.ValueMatcher_StringMatch{StringMatch: &matcherv3.StringMatcher{
+				MatchPattern: &matcherv3.StringMatcher_Suffix{Suffix: "." + r.GetInstance()}}}}, false))
+		out, errs = append(out, log), append(errs, err)
+	}
+	// An id is never null: only entries without one are left.
+	rest, err := accessLog(cfg, sidecar, receiptFilter(&matcherv3.ValueMatcher{
+		MatchPattern: &matcherv3.ValueMatcher_NullMatch_{NullMatch: &matcherv3.ValueMatcher_NullMatch{}}}, true))
+	return append(out, rest), errors.Join(append(errs, err)...)
+}
+
+// receiptFilter passes entries whose receipt id matches; none says whether those without an id pass.
+func receiptFilter(id *matcherv3.ValueMatcher, none bool) *accesslogv3.AccessLogFilter {
+	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_MetadataFilter{
+		MetadataFilter: &accesslogv3.MetadataFilter{
+			Matcher: &matcherv3.MetadataMatcher{
+				Filter: MetadataNamespace,
+				Path: []*matcherv3.MetadataMatcher_PathSegment{{
+					Segment: &matcherv3.MetadataMatcher_PathSegment_Key{Key: MetadataReceipt}}},
+				Value: id,
+			},
+			MatchIfKeyNotFound: wrapperspb.Bool(none),
+		}}}
+}
+
+// accessLog sends the entries that pass the filter (nil: all) to a cluster. Dynamic metadata, request id, route, cluster, flags
+// and sizes are in the common properties.
+func accessLog(cfg *configv1.Config, to string, pass *accesslogv3.AccessLogFilter) (*accesslogv3.AccessLog, error) {
 	packed, err := anypb.New(&alsv3.HttpGrpcAccessLogConfig{
 		CommonConfig: &alsv3.CommonGrpcAccessLogConfig{
 			LogName:             LogName,
 			TransportApiVersion: corev3.ApiVersion_V3,
 			GrpcService: &corev3.GrpcService{TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{
-				EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{ClusterName: sidecar}}},
+				EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{ClusterName: to}}},
 			BufferFlushInterval: durationOr(cfg.GetEnvoy().GetAccessLogFlush(), defaultAccessLogFlush),
 			BufferSizeBytes:     wrapperspb.UInt32(accessLogBuffer),
 		},
@@ -134,6 +173,7 @@ func accessLog(cfg *configv1.Config, sidecar string) (*accesslogv3.AccessLog, er
 	}
 	return &accesslogv3.AccessLog{
 		Name:       "envoy.access_loggers.http_grpc",
+		Filter:     pass,
 		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: packed},
 	}, nil
 }

@@ -77,7 +77,7 @@ type rules struct {
 	capture string
 }
 
-// New makes a Pipeline. It starts nothing; without Run nobody advances the beat and everything is refused.
+// New makes a Pipeline. It starts nothing; without Advance or Run there is no tick and everything is refused.
 func New(cfg Config) (*Pipeline, error) {
 	p := &Pipeline{rec: cfg.Recorder, meter: cfg.Meter, log: cfg.Log, now: cfg.Now, base: cfg.Now()}
 	b, err := beat.New(cfg.Policy.Credits())
@@ -109,20 +109,29 @@ func (p *Pipeline) Set(cfg *config.Config) error {
 // Run advances the beat and gives up on outcomes that the access log was awaited for, until ctx ends.
 func (p *Pipeline) Run(ctx context.Context) error {
 	for {
-		length := time.Duration(p.tick.Load())
 		now := p.now()
-		at := p.since(now)
-		tick := uint64(at / length)
-		p.beat.Advance(tick)
+		left := p.advance(now)
 		p.held.expire(now, p.report)
 		p.finished.turn(now)
 		select {
 		case <-ctx.Done():
 			p.held.expire(now.Add(holdFor+time.Hour), p.report)
 			return nil
-		case <-time.After(time.Duration(tick+1)*length - at):
+		case <-time.After(left):
 		}
 	}
+}
+
+// Advance makes the tick that it is time for the current one. Run does so from then on; a caller who lets requests in beside
+// Run calls this before, or the first of them could find no tick yet.
+func (p *Pipeline) Advance() { p.advance(p.now()) }
+
+// advance returns how long the tick has still to go.
+func (p *Pipeline) advance(now time.Time) time.Duration {
+	length, at := time.Duration(p.tick.Load()), p.since(now)
+	tick := uint64(at / length)
+	p.beat.Advance(tick)
+	return time.Duration(tick+1)*length - at
 }
 
 // since is the time on the clock that ticks are numbered by: it begins at the wall clock's time and goes on monotonically.

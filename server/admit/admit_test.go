@@ -209,6 +209,18 @@ func TestVerdicts(t *testing.T) {
 	})
 }
 
+// TestFirstTick: there is no credit before there is a tick, and Advance makes one before Run does.
+func TestFirstTick(t *testing.T) {
+	p, _, _ := newPipeline(t, nil)
+	if d := p.Admit(t.Context(), get("/hot")); d.Verdict != policy.Refuse || d.Reason != policy.ReasonNoCredit {
+		t.Errorf("before the first tick: %+v", d)
+	}
+	p.Advance()
+	if d := p.Admit(t.Context(), get("/hot")); d.Verdict != policy.Admit {
+		t.Errorf("after it: %+v", d)
+	}
+}
+
 func TestParkedClientLeaves(t *testing.T) {
 	running(t, nil, func(t *testing.T, p *Pipeline, r *recorder, _ *meter) {
 		p.Admit(t.Context(), get("/"))

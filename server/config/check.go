@@ -43,6 +43,7 @@ func (d *document) check(c *configv1.Config) {
 	d.checkRules(c.GetClassRules())
 	d.checkPolicy(c.GetDefaultRoute(), "default_route")
 	d.checkClusters(c.GetEnvoy().GetClusters())
+	d.checkReplicas(c)
 	d.checkRoutes(c)
 	if strings.ContainsRune(c.GetStateDir(), 0) {
 		d.fault("contains a NUL", "state_dir")
@@ -230,6 +231,45 @@ func (d *document) checkClusters(clusters []*configv1.Cluster) {
 				d.fault("port 0 cannot be connected to", at)
 			}
 		}
+	}
+}
+
+// checkReplicas wants the list to be the same in every replica's file: this one stands in it as it is.
+func (d *document) checkReplicas(c *configv1.Config) {
+	names := make(map[string]string)
+	addrs := make(map[Address]string)
+	self := len(c.GetEnvoy().GetReplicas()) == 0
+	for i, r := range c.GetEnvoy().GetReplicas() {
+		path := fmt.Sprintf("envoy.replicas[%d]", i)
+		d.unique(names, r.GetInstance(), path+".instance", path+".instance")
+		if r.GetAddress() == "" {
+			continue // told by the constraints
+		}
+		addr, err := parseAddress(r.GetAddress())
+		switch {
+		case err != nil:
+			d.fault(err.Error(), path+".address")
+			continue
+		case addr.Network == "tcp" && addr.port() == 0:
+			d.fault("port 0 cannot be connected to", path+".address")
+		case !addr.loopback():
+			d.fault(fmt.Sprintf("%s is on another machine, and there is no TLS to it yet: use a loopback address such as 127.0.0.1, "+
+				"or unix:/path", addr), path+".address")
+		}
+		if other, dup := addrs[addr]; dup {
+			d.fault(fmt.Sprintf("%s is the address of %s too", addr, other), path+".address")
+		}
+		addrs[addr] = path
+		if r.GetInstance() == c.GetInstance() {
+			self = true
+			if r.GetAddress() != c.GetListeners().GetEnvoy() {
+				d.fault(fmt.Sprintf("%s is not listeners.envoy, %s: Envoy would not find this replica", addr, c.GetListeners().GetEnvoy()),
+					path+".address", "listeners.envoy")
+			}
+		}
+	}
+	if !self {
+		d.fault(fmt.Sprintf("lacks this replica, instance %q", c.GetInstance()), "envoy.replicas", "instance")
 	}
 }
 

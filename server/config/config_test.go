@@ -250,7 +250,8 @@ func TestPolicyDigest(t *testing.T) {
 // reloadable is the complement of immutable: a new setting has to be put into one of the two.
 var reloadable = []string{
 	"beat.r1", "beat.w1", "class_rules", "default_route", "routes", "envoy.listener", "envoy.admin", "envoy.clusters",
-	"envoy.message_timeout", "envoy.access_log_flush", "envoy.max_requests", "envoy.max_connection_duration", "dry_run", "shutdown",
+	"envoy.message_timeout", "envoy.access_log_flush", "envoy.max_requests", "envoy.max_connection_duration", "envoy.replicas",
+	"dry_run", "shutdown",
 }
 
 func TestEverySettingIsImmutableOrReloadable(t *testing.T) {

@@ -33,7 +33,11 @@ func applyDefaults(c *configv1.Config) {
 	setDuration(&s.Announce, 2*time.Second)
 	setDuration(&s.Drain, 10*time.Second)
 	l := need(&c.Listeners)
-	for _, a := range []*string{&l.Envoy, &l.Admin, &l.Tiles, &c.Envoy.Listener, &c.Envoy.Admin} {
+	addrs := []*string{&l.Envoy, &l.Admin, &l.Tiles, &c.Envoy.Listener, &c.Envoy.Admin}
+	for _, r := range c.Envoy.Replicas {
+		addrs = append(addrs, &r.Address)
+	}
+	for _, a := range addrs {
 		// Not looked up: the name means loopback to every resolver, and Envoy binds to literal addresses only.
 		if port, ok := strings.CutPrefix(*a, "localhost:"); ok {
 			*a = "127.0.0.1:" + port

@@ -3,7 +3,7 @@
 // It promises to be cheap (one epoll loop, no goroutine and no buffer per request, so that on a small machine the
 // measured programs get the processors) and honest: in the open loop a request's time runs from the moment it was due,
 // not from the moment a connection was free for it, so a stall counts for everything it delayed (no coordinated
-// omission). It does not do TLS, chunked responses or anything but one fixed request. Only e2e/bench uses it.
+// omission). It does not do TLS, chunked responses or anything but one fixed request. Only e2e/bench and e2e/soak use it.
 package load
 
 import (

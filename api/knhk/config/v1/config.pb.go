@@ -1077,8 +1077,11 @@ type Envoy struct {
 	MaxRequests uint32 `protobuf:"varint,7,opt,name=max_requests,json=maxRequests,proto3" json:"max_requests,omitempty"`
 	// Longest life of a connection from Envoy to an upstream or to knhk. Default 5m; 1s to 24h.
 	MaxConnectionDuration *durationpb.Duration `protobuf:"bytes,8,opt,name=max_connection_duration,json=maxConnectionDuration,proto3" json:"max_connection_duration,omitempty"`
-	unknownFields         protoimpl.UnknownFields
-	sizeCache             protoimpl.SizeCache
+	// Every replica that the generated Envoy asks, this one among them. Each has its own instance, state_dir, keys and origin. Envoy
+	// asks any of them, and sends each the outcomes of its own decisions. Empty: this one alone.
+	Replicas      []*Replica `protobuf:"bytes,9,rep,name=replicas,proto3" json:"replicas,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Envoy) Reset() {
@@ -1167,6 +1170,68 @@ func (x *Envoy) GetMaxConnectionDuration() *durationpb.Duration {
 	return nil
 }
 
+func (x *Envoy) GetReplicas() []*Replica {
+	if x != nil {
+		return x.Replicas
+	}
+	return nil
+}
+
+// Replica is one knhk behind an Envoy.
+type Replica struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its instance: how Envoy knows whose decision a receipt id is of. Required, unique.
+	Instance string `protobuf:"bytes,1,opt,name=instance,proto3" json:"instance,omitempty"`
+	// Its listeners.envoy. Required, unique.
+	Address       string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Replica) Reset() {
+	*x = Replica{}
+	mi := &file_knhk_config_v1_config_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Replica) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Replica) ProtoMessage() {}
+
+func (x *Replica) ProtoReflect() protoreflect.Message {
+	mi := &file_knhk_config_v1_config_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Replica.ProtoReflect.Descriptor instead.
+func (*Replica) Descriptor() ([]byte, []int) {
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Replica) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *Replica) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
 // Cluster is an upstream.
 type Cluster struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1182,7 +1247,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[11]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1194,7 +1259,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[11]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1207,7 +1272,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{11}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Cluster) GetName() string {
@@ -1244,7 +1309,7 @@ type Shutdown struct {
 
 func (x *Shutdown) Reset() {
 	*x = Shutdown{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[12]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1256,7 +1321,7 @@ func (x *Shutdown) String() string {
 func (*Shutdown) ProtoMessage() {}
 
 func (x *Shutdown) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[12]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1269,7 +1334,7 @@ func (x *Shutdown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Shutdown.ProtoReflect.Descriptor instead.
 func (*Shutdown) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{12}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Shutdown) GetAnnounce() *durationpb.Duration {
@@ -1357,7 +1422,7 @@ const file_knhk_config_v1_config_proto_rawDesc = "" +
 	"R\aretries\x12\x1c\n" +
 	"\twebsocket\x18\a \x01(\bR\twebsocket\x126\n" +
 	"\x12internal_redirects\x18\b \x01(\rB\a\xbaH\x04*\x02\x18\n" +
-	"R\x11internalRedirects\"\xf4\x03\n" +
+	"R\x11internalRedirects\"\xb3\x04\n" +
 	"\x05Envoy\x12\x1a\n" +
 	"\blistener\x18\x01 \x01(\tR\blistener\x12\x14\n" +
 	"\x05admin\x18\x02 \x01(\tR\x05admin\x12>\n" +
@@ -1369,7 +1434,11 @@ const file_knhk_config_v1_config_proto_rawDesc = "" +
 	"\fmax_requests\x18\a \x01(\rB\n" +
 	"\xbaH\a*\x05\x18\x80\xad\xe2\x04R\vmaxRequests\x12c\n" +
 	"\x17max_connection_duration\x18\b \x01(\v2\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n" +
-	"\"\x04\b\x80\xa3\x052\x02\b\x01R\x15maxConnectionDuration\"~\n" +
+	"\"\x04\b\x80\xa3\x052\x02\b\x01R\x15maxConnectionDuration\x12=\n" +
+	"\breplicas\x18\t \x03(\v2\x17.knhk.config.v1.ReplicaB\b\xbaH\x05\x92\x01\x02\x10 R\breplicas\"u\n" +
+	"\aReplica\x12G\n" +
+	"\binstance\x18\x01 \x01(\tB+\xbaH(r&2$^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$R\binstance\x12!\n" +
+	"\aaddress\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\aaddress\"~\n" +
 	"\aCluster\x122\n" +
 	"\x04name\x18\x01 \x01(\tB\x1e\xbaH\x1br\x192\x17^[A-Za-z0-9_.-]{1,128}$R\x04name\x12)\n" +
 	"\tendpoints\x18\x02 \x03(\tB\v\xbaH\b\x92\x01\x05\b\x01\x10\xe8\aR\tendpoints\x12\x14\n" +
@@ -1408,7 +1477,7 @@ func file_knhk_config_v1_config_proto_rawDescGZIP() []byte {
 }
 
 var file_knhk_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_knhk_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_knhk_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_knhk_config_v1_config_proto_goTypes = []any{
 	(Algorithm)(0),              // 0: knhk.config.v1.Algorithm
 	(Class)(0),                  // 1: knhk.config.v1.Class
@@ -1425,9 +1494,10 @@ var file_knhk_config_v1_config_proto_goTypes = []any{
 	(*RoutePolicy)(nil),         // 12: knhk.config.v1.RoutePolicy
 	(*Route)(nil),               // 13: knhk.config.v1.Route
 	(*Envoy)(nil),               // 14: knhk.config.v1.Envoy
-	(*Cluster)(nil),             // 15: knhk.config.v1.Cluster
-	(*Shutdown)(nil),            // 16: knhk.config.v1.Shutdown
-	(*durationpb.Duration)(nil), // 17: google.protobuf.Duration
+	(*Replica)(nil),             // 15: knhk.config.v1.Replica
+	(*Cluster)(nil),             // 16: knhk.config.v1.Cluster
+	(*Shutdown)(nil),            // 17: knhk.config.v1.Shutdown
+	(*durationpb.Duration)(nil), // 18: google.protobuf.Duration
 }
 var file_knhk_config_v1_config_proto_depIdxs = []int32{
 	5,  // 0: knhk.config.v1.Config.listeners:type_name -> knhk.config.v1.Listeners
@@ -1438,37 +1508,38 @@ var file_knhk_config_v1_config_proto_depIdxs = []int32{
 	12, // 5: knhk.config.v1.Config.default_route:type_name -> knhk.config.v1.RoutePolicy
 	13, // 6: knhk.config.v1.Config.routes:type_name -> knhk.config.v1.Route
 	14, // 7: knhk.config.v1.Config.envoy:type_name -> knhk.config.v1.Envoy
-	16, // 8: knhk.config.v1.Config.shutdown:type_name -> knhk.config.v1.Shutdown
+	17, // 8: knhk.config.v1.Config.shutdown:type_name -> knhk.config.v1.Shutdown
 	7,  // 9: knhk.config.v1.Keys.identity:type_name -> knhk.config.v1.Key
 	7,  // 10: knhk.config.v1.Keys.daily:type_name -> knhk.config.v1.Key
-	17, // 11: knhk.config.v1.Keys.daily_max_age:type_name -> google.protobuf.Duration
+	18, // 11: knhk.config.v1.Keys.daily_max_age:type_name -> google.protobuf.Duration
 	0,  // 12: knhk.config.v1.Key.algorithm:type_name -> knhk.config.v1.Algorithm
-	17, // 13: knhk.config.v1.Log.seal_every:type_name -> google.protobuf.Duration
-	17, // 14: knhk.config.v1.Log.max_unsigned:type_name -> google.protobuf.Duration
-	17, // 15: knhk.config.v1.Log.heartbeat:type_name -> google.protobuf.Duration
-	17, // 16: knhk.config.v1.Log.outcome_timeout:type_name -> google.protobuf.Duration
-	17, // 17: knhk.config.v1.Beat.cycle:type_name -> google.protobuf.Duration
+	18, // 13: knhk.config.v1.Log.seal_every:type_name -> google.protobuf.Duration
+	18, // 14: knhk.config.v1.Log.max_unsigned:type_name -> google.protobuf.Duration
+	18, // 15: knhk.config.v1.Log.heartbeat:type_name -> google.protobuf.Duration
+	18, // 16: knhk.config.v1.Log.outcome_timeout:type_name -> google.protobuf.Duration
+	18, // 17: knhk.config.v1.Beat.cycle:type_name -> google.protobuf.Duration
 	10, // 18: knhk.config.v1.Beat.r1:type_name -> knhk.config.v1.ClassBeat
 	10, // 19: knhk.config.v1.Beat.w1:type_name -> knhk.config.v1.ClassBeat
-	17, // 20: knhk.config.v1.ClassBeat.max_wait:type_name -> google.protobuf.Duration
-	17, // 21: knhk.config.v1.ClassBeat.commit_timeout:type_name -> google.protobuf.Duration
+	18, // 20: knhk.config.v1.ClassBeat.max_wait:type_name -> google.protobuf.Duration
+	18, // 21: knhk.config.v1.ClassBeat.commit_timeout:type_name -> google.protobuf.Duration
 	1,  // 22: knhk.config.v1.ClassRule.class:type_name -> knhk.config.v1.Class
 	1,  // 23: knhk.config.v1.RoutePolicy.class:type_name -> knhk.config.v1.Class
 	2,  // 24: knhk.config.v1.RoutePolicy.on_receipt_failure:type_name -> knhk.config.v1.OnReceiptFailure
 	12, // 25: knhk.config.v1.Route.policy:type_name -> knhk.config.v1.RoutePolicy
-	17, // 26: knhk.config.v1.Route.timeout:type_name -> google.protobuf.Duration
-	15, // 27: knhk.config.v1.Envoy.clusters:type_name -> knhk.config.v1.Cluster
+	18, // 26: knhk.config.v1.Route.timeout:type_name -> google.protobuf.Duration
+	16, // 27: knhk.config.v1.Envoy.clusters:type_name -> knhk.config.v1.Cluster
 	3,  // 28: knhk.config.v1.Envoy.capture:type_name -> knhk.config.v1.Capture
-	17, // 29: knhk.config.v1.Envoy.message_timeout:type_name -> google.protobuf.Duration
-	17, // 30: knhk.config.v1.Envoy.access_log_flush:type_name -> google.protobuf.Duration
-	17, // 31: knhk.config.v1.Envoy.max_connection_duration:type_name -> google.protobuf.Duration
-	17, // 32: knhk.config.v1.Shutdown.announce:type_name -> google.protobuf.Duration
-	17, // 33: knhk.config.v1.Shutdown.drain:type_name -> google.protobuf.Duration
-	34, // [34:34] is the sub-list for method output_type
-	34, // [34:34] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	18, // 29: knhk.config.v1.Envoy.message_timeout:type_name -> google.protobuf.Duration
+	18, // 30: knhk.config.v1.Envoy.access_log_flush:type_name -> google.protobuf.Duration
+	18, // 31: knhk.config.v1.Envoy.max_connection_duration:type_name -> google.protobuf.Duration
+	15, // 32: knhk.config.v1.Envoy.replicas:type_name -> knhk.config.v1.Replica
+	18, // 33: knhk.config.v1.Shutdown.announce:type_name -> google.protobuf.Duration
+	18, // 34: knhk.config.v1.Shutdown.drain:type_name -> google.protobuf.Duration
+	35, // [35:35] is the sub-list for method output_type
+	35, // [35:35] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_knhk_config_v1_config_proto_init() }
@@ -1482,7 +1553,7 @@ func file_knhk_config_v1_config_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_knhk_config_v1_config_proto_rawDesc), len(file_knhk_config_v1_config_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   13,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
