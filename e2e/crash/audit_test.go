@@ -350,7 +350,7 @@ func (a *auditor) refusals() error {
 	for path, r := range a.requests {
 		_, ran := a.reached[path]
 		switch {
-		case r.id == "" && ran && !(a.s.Capture == "full" && a.died(r)): // full: Envoy had the response, and replied past its filters
+		case r.id == "" && ran:
 			return fmt.Errorf("%s: %d without receipt, but the upstream saw it", path, r.status)
 		case r.id == "" && r.status != http.StatusServiceUnavailable && r.status != http.StatusGatewayTimeout:
 			return fmt.Errorf("%s: %d without receipt", path, r.status)
