@@ -230,77 +230,81 @@ func (a *auditor) died(r *request) bool {
 	return false
 }
 
-// totals is what the audit of everything found.
-type totals struct {
-	receipts, records, unknown, late, twice, upstream int
+// exported is what an export of everything has shown.
+type exported struct {
+	ids     map[string]bool
+	decided map[string][]string // ids by path
+
+	receipts, records, unknown, late, twice int
 }
 
-// export exports everything, verifies each receipt under the pinned policy, and holds the whole against both journals and the log.
-func (a *auditor) export(ctx context.Context) (t totals, err error) {
+// export exports everything and verifies each receipt under the pinned policy.
+func (a *auditor) export(ctx context.Context) (*exported, error) {
 	if err := a.settle(ctx, true); err != nil {
-		return t, err
+		return nil, err
 	}
 	file := filepath.Join(a.s.Dir, "all.jsonl")
 	if _, err := a.s.Run(ctx, nil, "receipts", "export", "--evidence", "--file", file); err != nil {
-		return t, err
+		return nil, err
 	}
 	if err := a.log.read(ctx); err != nil {
-		return t, err
+		return nil, err
 	}
 	f, err := os.Open(file)
 	if err != nil {
-		return t, err
+		return nil, err
 	}
 	defer f.Close()
-	ids := map[string]bool{}
-	decided := map[string][]string{} // ids by path
+	e := &exported{ids: map[string]bool{}, decided: map[string][]string{}}
 	sc := bufio.NewScanner(f)
 	sc.Buffer(nil, receipt.MaxBundle+1)
 	for sc.Scan() {
 		v, path, err := a.whole(sc.Bytes())
 		if err != nil {
-			return t, err
+			return nil, err
 		}
 		d := &v.Decision
-		if ids[d.ID] {
-			return t, fmt.Errorf("receipt %s is in the log twice", d.ID)
+		if e.ids[d.ID] {
+			return nil, fmt.Errorf("receipt %s is in the log twice", d.ID)
 		}
-		ids[d.ID] = true
-		decided[path] = append(decided[path], d.ID)
-		t.receipts++
-		t.records += 1 + len(v.Outcomes)
+		e.ids[d.ID] = true
+		e.decided[path] = append(e.decided[path], d.ID)
+		e.receipts++
+		e.records += 1 + len(v.Outcomes)
 		if v.Outcomes[0].Result == "unknown" {
-			t.unknown++
+			e.unknown++
 		}
 		if len(v.Outcomes) > 1 {
-			t.late++
+			e.late++
 		}
 	}
-	if err := sc.Err(); err != nil {
-		return t, err
-	}
-	if uint64(t.records) != a.log.records {
-		return t, fmt.Errorf("the headers in the log count %d records, the export has %d", a.log.records, t.records)
+	return e, sc.Err()
+}
+
+// judge holds an export against both journals and the log.
+func (a *auditor) judge(e *exported) error {
+	if uint64(e.records) != a.log.records {
+		return fmt.Errorf("the headers in the log count %d records, the export has %d", a.log.records, e.records)
 	}
 	for id, r := range a.acked {
-		if !ids[id] {
-			return t, fmt.Errorf("%s %s: receipt %s is not in the export", r.class, r.path, id)
+		if !e.ids[id] {
+			return fmt.Errorf("%s %s: receipt %s is not in the export", r.class, r.path, id)
 		}
 	}
 	for path := range a.reached {
-		if len(decided[path]) == 0 {
-			return t, fmt.Errorf("the upstream saw %s, but there is no decision", path)
+		if len(e.decided[path]) == 0 {
+			return fmt.Errorf("the upstream saw %s, but there is no decision", path)
 		}
 	}
-	t.upstream = len(a.reached)
-	for path, list := range decided {
+	e.twice = 0
+	for path, list := range e.decided {
 		// Envoy asks again when knhk dies before it has answered: the first decision went nowhere.
 		if r := a.requests[path]; len(list) > 1 && (r == nil || !a.died(r)) {
-			return t, fmt.Errorf("%s has %d decisions: %v", path, len(list), list)
+			return fmt.Errorf("%s has %d decisions: %v", path, len(list), list)
 		}
-		t.twice += len(list) - 1
+		e.twice += len(list) - 1
 	}
-	return t, a.refusals()
+	return a.refusals()
 }
 
 // whole verifies one bundle of the export, which has its outcome, and holds it against the request it is about.

@@ -285,11 +285,11 @@ func (v *victim) await(l *load, what string, n int, ok func(*request) bool) erro
 
 // whole audits everything at the end of a lap: export, verification, an orderly stop, fsck.
 func (v *victim) whole(ctx context.Context, rounds int) error {
-	t, err := v.a.export(ctx)
+	e, err := v.a.export(ctx)
 	if err != nil {
 		return err
 	}
-	if err := v.a.earlier(ctx); err != nil {
+	if err := errors.Join(v.a.judge(e), v.a.earlier(ctx), v.a.blind(ctx, e)); err != nil {
 		return err
 	}
 	if err := v.Stop(ctx); err != nil {
@@ -302,16 +302,16 @@ func (v *victim) whole(ctx context.Context, rounds int) error {
 	if err != nil {
 		return err
 	}
-	if r.Decisions != uint64(t.receipts) || r.Decisions+r.Outcomes != uint64(t.records) || r.Unlogged != 0 {
-		return fmt.Errorf("fsck counts %+v, the export %+v", *r, t)
+	if r.Decisions != uint64(e.receipts) || r.Decisions+r.Outcomes != uint64(e.records) || r.Unlogged != 0 {
+		return fmt.Errorf("fsck counts %+v, the export %d records of %d receipts", *r, e.records, e.receipts)
 	}
 	if n := len(v.a.log.incarnations); uint64(n) != r.Incarnations || n < rounds+1 || v.a.log.recovered < rounds {
 		return fmt.Errorf("%d incarnations, %d of them ended by a crash, after %d crashes; fsck counts %d", n, v.a.log.recovered, rounds, r.Incarnations)
 	}
 	v.t.Logf("%d crashes: %d receipts, %d at the upstream, %d unknown, %d late, %d decided twice, %d bundles from before a crash, %d leaves",
-		rounds, t.receipts, t.upstream, t.unknown, t.late, t.twice, v.a.earlyN, v.a.log.tree.N)
-	for name, n := range map[string]int{"receipts": t.receipts, "at the upstream": t.upstream, "outcome unknown": t.unknown, "outcome late": t.late,
-		"decided twice": t.twice, "bundles from before": v.a.earlyN} {
+		rounds, e.receipts, len(v.a.reached), e.unknown, e.late, e.twice, v.a.earlyN, v.a.log.tree.N)
+	for name, n := range map[string]int{"receipts": e.receipts, "at the upstream": len(v.a.reached), "outcome unknown": e.unknown,
+		"outcome late": e.late, "decided twice": e.twice, "bundles from before": v.a.earlyN} {
 		v.run.Add(name, float64(n))
 	}
 	return nil
