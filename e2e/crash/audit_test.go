@@ -43,8 +43,8 @@ type auditor struct {
 func newAuditor(ctx context.Context, s *stack.Stack) (*auditor, error) {
 	a := &auditor{s: s, policy: filepath.Join(s.Dir, "pinned-policy"), requests: map[string]*request{}, acked: map[string]*request{},
 		reached: map[string]string{}, listed: map[string]bool{}}
-	a.admin = adminv1connect.NewReceiptServiceClient(&http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 30 * time.Second},
-		"http://"+s.Admin)
+	plain := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 30 * time.Second}
+	a.admin = adminv1connect.NewReceiptServiceClient(plain, "http://"+s.Admin)
 	text, err := os.ReadFile(filepath.Join(s.StateDir, "policy"))
 	if err != nil {
 		return nil, err

@@ -53,8 +53,10 @@ func (a *auditor) blind(ctx context.Context, e *exported) error {
 		}, judge, "2 decisions"},
 		{"a record is in the log but not in the export",
 			func() func() { e.records--; return func() { e.records++ } }, judge, "the export has"},
-		{"a refused request went on",
-			func() func() { a.reached[refused.path] = ""; return func() { delete(a.reached, refused.path) } }, a.refusals, "but the upstream saw it"},
+		{"a refused request went on", func() func() {
+			a.reached[refused.path] = ""
+			return func() { delete(a.reached, refused.path) }
+		}, a.refusals, "but the upstream saw it"},
 		{"an answer without upstream", func() func() {
 			id := a.reached[calm.path]
 			delete(a.reached, calm.path)
@@ -80,10 +82,10 @@ func (a *auditor) blind(ctx context.Context, e *exported) error {
 			err := c.look()
 			undo()
 			if err == nil || !strings.Contains(err.Error(), c.want) {
-				return fmt.Errorf("the audit is blind for: %s: %w", c.what, err)
+				return fmt.Errorf("the audit is blind for: %s: %v", c.what, err)
 			}
 		} else if err := c.look(); err == nil || !strings.Contains(err.Error(), c.want) {
-			return fmt.Errorf("the audit is blind for: %s: %w", c.what, err)
+			return fmt.Errorf("the audit is blind for: %s: %v", c.what, err)
 		}
 	}
 	return errors.Join(a.judge(e), a.log.read(ctx)) // all is as before

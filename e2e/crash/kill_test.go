@@ -69,7 +69,7 @@ type victim struct {
 	a    *auditor
 	next atomic.Uint64 // numbers requests
 
-	plain     bool          // rounds neither audit the whole directory nor kill during recovery
+	plain     bool          // rounds neither audit the whole directory nor kill during start or stop
 	restarted time.Duration // from the last exec to ready
 }
 
@@ -202,8 +202,14 @@ func (v *victim) crash(ctx context.Context, i int, l *load) (early [][]byte, err
 			return nil, fmt.Errorf("right after the crash: %w", err)
 		}
 	}
-	if v.rng.IntN(3) == 0 && !v.plain {
+	switch more := v.rng.IntN(6); {
+	case v.plain:
+	case more < 2:
 		v.killStarting(ctx)
+	case more == 2:
+		if err := v.killStopping(ctx); err != nil {
+			return nil, err
+		}
 	}
 	begun = time.Now()
 	if err := v.StartKnhk(ctx); err != nil {
@@ -211,6 +217,11 @@ func (v *victim) crash(ctx context.Context, i int, l *load) (early [][]byte, err
 	}
 	v.restarted = time.Since(begun)
 	v.run.Max("longest restart, ms", float64(v.restarted.Milliseconds()))
+	rss, err := v.Knhk.RSS()
+	if err != nil {
+		return nil, err
+	}
+	v.run.Max("RSS when ready, MiB", float64(rss>>20))
 	ready := time.Now()
 	for _, class := range []string{"R1", "W1"} {
 		if err := v.await(l, class+" is admitted again", 3, func(r *request) bool {
@@ -285,6 +296,26 @@ func (v *victim) killStarting(ctx context.Context) {
 	v.a.deaths = append(v.a.deaths, [2]time.Time{begun, time.Now()})
 }
 
+// killStopping starts knhk, asks it to stop and kills it while it drains, seals its last block or closes the log.
+func (v *victim) killStopping(ctx context.Context) error {
+	if err := v.StartKnhk(ctx); err != nil {
+		return err
+	}
+	begun := time.Now()
+	if err := v.Knhk.Signal(syscall.SIGTERM); err != nil {
+		return err
+	}
+	select {
+	case <-v.Knhk.Exited():
+	case <-time.After(time.Duration(v.rng.IntN(800)) * time.Millisecond):
+		v.run.Add("killed again while stopping", 1)
+	}
+	v.Knhk.Kill()
+	v.Knhk = nil
+	v.a.deaths = append(v.a.deaths, [2]time.Time{begun, time.Now()})
+	return nil
+}
+
 // await waits until n requests of the load satisfy ok.
 func (v *victim) await(l *load, what string, n int, ok func(*request) bool) error {
 	deadline := time.Now().Add(20 * time.Second)
@@ -323,7 +354,7 @@ func (v *victim) whole(ctx context.Context, rounds int) error {
 		return fmt.Errorf("fsck counts %+v, the export %d records of %d receipts", *r, e.records, e.receipts)
 	}
 	if n := len(v.a.log.incarnations); uint64(n) != r.Incarnations || n < rounds+1 || v.a.log.recovered < rounds {
-		return fmt.Errorf("%d incarnations, %d of them ended by a crash, after %d crashes; fsck counts %d", n, v.a.log.recovered, rounds, r.Incarnations)
+		return fmt.Errorf("%d incarnations, %d ended by a crash, after %d crashes; fsck counts %d", n, v.a.log.recovered, rounds, r.Incarnations)
 	}
 	v.t.Logf("%d crashes: %d receipts, %d at the upstream, %d unknown, %d late, %d decided twice, %d bundles from before a crash, %d leaves",
 		rounds, e.receipts, len(v.a.reached), e.unknown, e.late, e.twice, v.a.earlyN, v.a.log.tree.N)

@@ -54,8 +54,8 @@ func openPublicLog(dir string, policy []byte) (*publicLog, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &publicLog{policy: p, tiles: tiles, next: 1, seen: map[tlog.Tree]bool{}, headers: map[headerKey][]byte{}, leaves: map[receipt.Hash]bool{},
-		incarnations: map[[16]byte]*receipt.Header{}}, nil
+	return &publicLog{policy: p, tiles: tiles, next: 1, seen: map[tlog.Tree]bool{}, headers: map[headerKey][]byte{},
+		leaves: map[receipt.Hash]bool{}, incarnations: map[[16]byte]*receipt.Header{}}, nil
 }
 
 // checkpoint reads and verifies the checkpoint, and remembers that it was seen.

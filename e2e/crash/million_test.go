@@ -83,8 +83,8 @@ func TestRestartMillion(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		run.Max("RSS after restart, MiB", float64(rss>>20))
-		t.Logf("ready %v after exec, RSS %d MiB", v.restarted.Round(time.Millisecond), rss>>20)
+		run.Max("RSS after the round, MiB", float64(rss>>20))
+		t.Logf("ready %v after exec, RSS %d MiB after the round", v.restarted.Round(time.Millisecond), rss>>20)
 		if v.restarted >= restartBound {
 			t.Fatalf("round %d: ready after %v, want less than %v\n%s", i+1, v.restarted, restartBound, v.Knhk.LogTail(2000))
 		}
@@ -157,8 +157,8 @@ func fill(ctx context.Context, s *stack.Stack, n uint64) (err error) {
 func fillOne(ctx context.Context, l *receiptlog.Log, i uint64) error {
 	for {
 		d := receipt.Decision{Class: "W1", Verdict: "admit", Reason: "ok", Rule: "route:pages", Capture: "lean", Route: "pages", Cluster: "up"}
-		err := l.Decide(ctx, wal.Durable, &d, &receipt.Request{Method: "GET", Scheme: "http", Authority: "shop.example", Path: fmt.Sprintf("/p/page?filled=%d", i),
-			RequestID: fmt.Sprintf("00000000-0000-4000-8000-%012d", i), Source: "192.0.2.1:40000"})
+		err := l.Decide(ctx, wal.Durable, &d, &receipt.Request{Method: "GET", Scheme: "http", Authority: "shop.example", Source: "192.0.2.1:40000",
+			Path: fmt.Sprintf("/p/page?filled=%d", i), RequestID: fmt.Sprintf("00000000-0000-4000-8000-%012d", i)})
 		if errors.Is(err, receiptlog.ErrFull) {
 			time.Sleep(10 * time.Millisecond)
 			continue

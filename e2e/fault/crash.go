@@ -3,7 +3,7 @@ package fault
 // crash: the death of the process under load.
 var crash = []Fault{
 	{Name: "crash/kill-9", Test: 20, Full: 200,
-		What: "kill -9 of knhk under load, at a random moment, sometimes again while it recovers: every receipt that a client received " +
+		What: "kill -9 of knhk under load, at a random moment, sometimes again while it recovers or stops: every receipt that a client received " +
 			"(W1; R1 too, since the machine lives) is in a block under the log exactly once, every request the upstream saw has its " +
 			"decision, seq and ordinals are dense, no fork, fsck agrees, older bundles verify; meanwhile Envoy lets nothing pass"},
 	{Name: "crash/restart-1m", Test: 0, Full: 3,
