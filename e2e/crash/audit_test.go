@@ -343,6 +343,9 @@ func (a *auditor) whole(raw []byte) (_ *receipt.Verified, path string, err error
 	if _, ran := a.reached[path]; ran && r.id == v.Decision.ID && v.Decision.Verdict != "admit" {
 		return nil, "", fmt.Errorf("%s: the upstream saw %s, the verdict is %s", v.Decision.ID, path, v.Decision.Verdict)
 	}
+	if o := v.Outcomes[len(v.Outcomes)-1]; o.Result == "complete" && r.id == v.Decision.ID && int(o.Status) != r.status {
+		return nil, "", fmt.Errorf("%s: %s got status %d, the outcome says %d", v.Decision.ID, path, r.status, o.Status)
+	}
 	if v.Decision.Class != r.class {
 		return nil, "", fmt.Errorf("%s: class %s on a route of %s", v.Decision.ID, v.Decision.Class, r.class)
 	}
