@@ -3,6 +3,7 @@ package bootstrap
 import (
 	"fmt"
 
+	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	mutationv3 "github.com/envoyproxy/go-control-plane/envoy/config/common/mutation_rules/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	headersv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/header_mutation/v3"
@@ -10,6 +11,7 @@ import (
 	earlyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/http/early_header_mutation/header_mutation/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
 // stripRequest takes our headers off every request before anything else reads it. ext_proc cannot do it: when ext_proc
@@ -37,6 +39,28 @@ func receiptHeaders() (*hcmv3.HttpFilter, error) {
 	}})
 }
 
+// localReplies puts id and class on the replies that Envoy makes itself, for those that go past the filters: in full capture
+// the upstream's response may be waiting for knhk when knhk dies or hangs, and Envoy then replies directly to the client. There is
+// nothing to remove: such a reply has no header of the upstream. Where the filters have run too, the value is the same.
+func localReplies() *hcmv3.LocalReplyConfig {
+	return &hcmv3.LocalReplyConfig{Mappers: []*hcmv3.ResponseMapper{{
+		// A mapper must have a filter: those that knhk has decided about.
+		Filter: &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_MetadataFilter{
+			MetadataFilter: &accesslogv3.MetadataFilter{
+				Matcher: &matcherv3.MetadataMatcher{
+					Filter: MetadataNamespace,
+					Path:   []*matcherv3.MetadataMatcher_PathSegment{{Segment: &matcherv3.MetadataMatcher_PathSegment_Key{Key: MetadataReceipt}}},
+					Value:  &matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_PresentMatch{PresentMatch: true}},
+				},
+				MatchIfKeyNotFound: wrapperspb.Bool(false),
+			}}},
+		HeadersToAdd: []*corev3.HeaderValueOption{
+			metadataHeader(HeaderReceipt, MetadataReceipt),
+			metadataHeader(HeaderClass, MetadataClass),
+		},
+	}}}
+}
+
 func removeOurs() *mutationv3.HeaderMutation {
 	return &mutationv3.HeaderMutation{Action: &mutationv3.HeaderMutation_RemoveOnMatch_{
 		RemoveOnMatch: &mutationv3.HeaderMutation_RemoveOnMatch{
@@ -45,8 +69,12 @@ func removeOurs() *mutationv3.HeaderMutation {
 }
 
 func fromMetadata(header, key string) *mutationv3.HeaderMutation {
-	return &mutationv3.HeaderMutation{Action: &mutationv3.HeaderMutation_Append{Append: &corev3.HeaderValueOption{
+	return &mutationv3.HeaderMutation{Action: &mutationv3.HeaderMutation_Append{Append: metadataHeader(header, key)}}
+}
+
+func metadataHeader(header, key string) *corev3.HeaderValueOption {
+	return &corev3.HeaderValueOption{
 		Header:       &corev3.HeaderValue{Key: header, Value: "%DYNAMIC_METADATA(" + MetadataNamespace + ":" + key + ")%"},
 		AppendAction: corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD,
-	}}}
+	}
 }

@@ -84,7 +84,9 @@ func connectionManager(cfg *configv1.Config, sidecar string) (*hcmv3.HttpConnect
 		// The order matters: encoder filters run from the last to the first, so headers sees what ext_proc and the upstream
 		// left, local replies included.
 		HttpFilters: []*hcmv3.HttpFilter{headers, processor, router},
-		AccessLog:   logs,
+		// But for those that go past the filters.
+		LocalReplyConfig: localReplies(),
+		AccessLog:        logs,
 		// Nobody is internal: a client on a private address is a client, whose x-request-id and x-envoy-* are its own claims.
 		// An empty list would mean Envoy's default, all private addresses; the broadcast address is nobody's source.
 		UseRemoteAddress: wrapperspb.Bool(true),
