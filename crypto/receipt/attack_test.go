@@ -107,6 +107,11 @@ var attacks = []attack{
 		block := s.Seal(s.tb, s.decision(), s.outcome())
 		return s.Bundle(s.tb, s.SignCheckpoint(s.tb, s.Daily[0]), 1, place{Block: block})
 	})},
+	{"no identity signature, but the witness's", "checkpoint", true, staged(func(s *scene) *bundle {
+		block := s.Seal(s.tb, s.decision(), s.outcome())
+		s.Witnesses = []receipttest.Key{receipttest.Witness(s.tb, "w.example", "w", s.Now)}
+		return s.Bundle(s.tb, s.SignCheckpoint(s.tb, s.Daily[0], s.Witnesses[0]), 1, place{Block: block})
+	})},
 	{"no daily signature", "daily key did not sign", false, staged(func(s *scene) *bundle {
 		block := s.Seal(s.tb, s.decision(), s.outcome())
 		return s.Bundle(s.tb, s.SignCheckpoint(s.tb, s.Identity), 1, place{Block: block})

@@ -173,6 +173,7 @@ func TestParsePolicy(t *testing.T) {
 		{"one log, no line end", "log " + identity, ""},
 		{"quorum none", "log " + identity + "\nquorum none\n", ""},
 		{"a URL and comments", "# logs\n\tlog " + identity + " https://example.org/ # ours\n\n", ""},
+		{"lines that end as Windows ends them, and one that is empty", "log " + identity + "\r\n\r\nquorum none\r\n \f\r # end\r\n", ""},
 		{"two logs", "log " + identity + "\nlog " + second + "\n", ""},
 		{"a witness", "log " + identity + "\nwitness w " + w + " https://w.example\nquorum w\n", ""},
 		{"a group", "witness w " + w + "\ngroup g any w\nquorum g\nlog " + identity + "\n", ""},

@@ -44,6 +44,7 @@ func ParsePolicy(b []byte) (*Policy, error) {
 		line, _, _ = strings.Cut(line, "#")
 		fields := strings.Fields(line)
 		if len(fields) == 0 {
+			lines[i] = "" // torchwood panics on a line of other white space than blanks and tabs, the end of an empty CRLF line say
 			continue
 		}
 		if fields[0] != "log" {

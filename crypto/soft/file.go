@@ -203,23 +203,25 @@ func writeVersion(dir string, v version) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			f.Close()
 			os.Remove(f.Name())
 		}
 	}()
-	if _, err = f.Write(b); err != nil {
-		return err
-	}
-	if err = f.Sync(); err != nil { // a crash from here on leaves a complete file under its temporary name
-		return err
-	}
-	if err = f.Close(); err != nil {
+	if err = fill(f, b); err != nil { // a crash from here on leaves a complete file under its temporary name
 		return err
 	}
 	if err = os.Rename(f.Name(), filepath.Join(dir, fileName(v.Label, v.ID))); err != nil {
 		return err
 	}
 	return syncDir(dir) // until here a crash may bring the old file back
+}
+
+// fill writes b to f, makes it durable and closes f.
+func fill(f *os.File, b []byte) error {
+	_, err := f.Write(b)
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
 }
 
 func syncDir(dir string) error {

@@ -268,39 +268,48 @@ func headerCount(t *testing.T, s *store, n uint64) uint64 {
 	return h.Count
 }
 
-// TestStateBehindLog restores an older copy of the blocks and the WAL under a newer log: the incarnation that the log has seen more
-// of is not continued, so that no (incarnation, seq) ever gets a second header.
+// TestStateBehindLog restores an older copy of the blocks and the WAL under a newer log, one of a log that was closed and one of
+// a log that was running: the incarnation that the log has seen more of is not continued, so that no (incarnation, seq) ever gets
+// a second header.
 func TestStateBehindLog(t *testing.T) {
-	f := newFixture(t)
-	f.open()
-	f.bundle(f.decide(wal.Durable, "old"), 1)
-	f.close()
-	old := filepath.Join(t.TempDir(), "old")
-	if err := os.CopyFS(old, os.DirFS(f.cfg.Dir)); err != nil {
-		t.Fatal(err)
-	}
-	f.open()
-	f.bundle(f.decide(wal.Durable, "forgotten"), 1)
-	f.close()
-	for _, part := range []string{"blocks", "wal"} {
-		p := filepath.Join(f.cfg.Dir, part)
-		if err := errors.Join(os.RemoveAll(p), os.CopyFS(p, os.DirFS(filepath.Join(old, part)))); err != nil {
-			t.Fatal(err)
-		}
-	}
-	f.open()
-	f.bundle(f.decide(wal.Durable, "new"), 1)
-	f.close()
-	r := f.fsck()
-	gone := false
-	for _, p := range r.Problems {
-		gone = gone || strings.Contains(p.What, "records are gone")
-		if strings.Contains(p.What, "equivocation") {
-			t.Errorf("%s: %s", p.Where, p.What)
-		}
-	}
-	if !gone {
-		t.Errorf("fsck does not name the forgotten block: %+v", r.Problems)
+	for _, running := range []bool{false, true} {
+		t.Run(fmt.Sprintf("running=%v", running), func(t *testing.T) {
+			f := newFixture(t)
+			f.open()
+			f.bundle(f.decide(wal.Durable, "old"), 1)
+			if !running {
+				f.close()
+			}
+			old := filepath.Join(t.TempDir(), "old")
+			if err := os.CopyFS(old, os.DirFS(f.cfg.Dir)); err != nil { // nothing is written while nothing is asked
+				t.Fatal(err)
+			}
+			if !running {
+				f.open()
+			}
+			f.bundle(f.decide(wal.Durable, "forgotten"), 1)
+			f.close()
+			for _, part := range []string{"blocks", "wal"} {
+				p := filepath.Join(f.cfg.Dir, part)
+				if err := errors.Join(os.RemoveAll(p), os.CopyFS(p, os.DirFS(filepath.Join(old, part)))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			f.open()
+			f.bundle(f.decide(wal.Durable, "new"), 1)
+			f.close()
+			r := f.fsck()
+			gone := false
+			for _, p := range r.Problems {
+				gone = gone || strings.Contains(p.What, "records are gone")
+				if strings.Contains(p.What, "equivocation") {
+					t.Errorf("%s: %s", p.Where, p.What)
+				}
+			}
+			if !gone {
+				t.Errorf("fsck does not name the forgotten block: %+v", r.Problems)
+			}
+		})
 	}
 }
 

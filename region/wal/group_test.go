@@ -44,6 +44,28 @@ func testReader(b []byte) *reader {
 	return &reader{f: bytes.NewReader(b), size: int64(len(b)), log: testLog, segment: testSeg}
 }
 
+// TestGroupIsOfOnePlace: what is a valid group in its place is none in another log, segment or place.
+func TestGroupIsOfOnePlace(t *testing.T) {
+	b := openGroup(opening{boot: "boot"})
+	for _, c := range []struct {
+		name   string
+		change func(r *reader)
+		ok     bool
+	}{
+		{"its place", func(*reader) {}, true},
+		{"another log", func(r *reader) { r.log++ }, false},
+		{"another segment, as in a recycled file", func(r *reader) { r.segment++ }, false},
+		{"another offset", func(r *reader) { r.f, r.size = bytes.NewReader(append(make([]byte, 64), b...)), int64(len(b))+64 }, false},
+	} {
+		r := testReader(b)
+		c.change(r)
+		at := r.size - int64(len(b))
+		if _, ok, ours, err := r.group(at); ok != c.ok || ours != c.ok || err != nil {
+			t.Errorf("%s: %v, %v, %v; want %v", c.name, ok, ours, err, c.ok)
+		}
+	}
+}
+
 func TestScan(t *testing.T) {
 	whole := testSegment()
 	open := int64(len(openGroup(opening{boot: "boot"})))

@@ -228,3 +228,37 @@ func TestBrokenExportLeavesNoFile(t *testing.T) {
 		}
 	}
 }
+
+// wholeExport sends one bundle and ends in order.
+type wholeExport struct {
+	adminv1connect.UnimplementedReceiptServiceHandler
+}
+
+func (wholeExport) Export(_ context.Context, _ *adminv1.ExportRequest, out *connect.ServerStream[adminv1.ExportResponse]) error {
+	return out.Send(&adminv1.ExportResponse{Bundle: []byte("{}"), Done: 1, Total: 1})
+}
+
+// An export gets its name only when it is on the disk: a pipe takes what is written, and cannot be synced.
+func TestExportIsSynced(t *testing.T) {
+	_, handler := adminv1connect.NewReceiptServiceHandler(wholeExport{})
+	srv := httptest.NewServer(handler)
+	defer srv.Close()
+	export := func(file string) int {
+		return run([]string{"receipts", "export", "--admin", srv.Listener.Addr().String(), "--file", file})
+	}
+	if code := export(filepath.Join(t.TempDir(), "receipts.jsonl")); code != 0 {
+		t.Fatalf("exit code %d, want %d", code, 0)
+	}
+	file := filepath.Join(t.TempDir(), "receipts.jsonl")
+	if err := syscall.Mkfifo(file+".part", 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, err := os.OpenFile(file+".part", os.O_RDWR, 0) // so that the writer does not wait for a reader
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if code := export(file); code != exitFailed {
+		t.Errorf("exit code %d, want %d: the export was not synced", code, exitFailed)
+	}
+}

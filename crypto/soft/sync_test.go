@@ -1,0 +1,78 @@
+//go:build linux
+
+package soft
+
+import (
+	"os"
+	"path/filepath"
+	"runtime"
+	"syscall"
+	"testing"
+)
+
+// The tests below ask the kernel to sync what it cannot sync, or what we may not open: whoever forgets to sync hears of no
+// error.
+
+// TestFileIsSynced: a pipe takes what is written, and fsync refuses it.
+func TestFileIsSynced(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	if err := fill(w, []byte("a version")); err == nil {
+		t.Error("a version's file was not synced before it got its name")
+	}
+}
+
+// TestDirectoryIsSynced: a directory that can be written to but not opened takes the file, and cannot be synced.
+func TestDirectoryIsSynced(t *testing.T) {
+	if err := syncDir("/proc/self"); err == nil {
+		t.Error("syncDir says that it has synced a directory of procfs")
+	}
+	s, v := made(t)
+	known, err := s.load(v.Label)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := filepath.Join(t.TempDir(), "keys")
+	if err := os.Mkdir(dir, 0o300); err != nil {
+		t.Fatal(err)
+	}
+	unprivileged(t, dir)
+	if err := writeVersion(dir, known[0]); err == nil {
+		t.Error("a version was written, and the directory was not synced")
+	}
+	if _, err := os.Lstat(filepath.Join(dir, fileName(v.Label, v.ID))); err != nil {
+		t.Errorf("the write failed before there was something to sync: %v", err)
+	}
+}
+
+// unprivileged has the rest of the test touch files as an ordinary user, to whom dir is given. Root may open anything.
+func unprivileged(t *testing.T, dir string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		return
+	}
+	const nobody = 65534
+	if err := os.Chown(dir, nobody, nobody); err != nil {
+		t.Fatal(err)
+	}
+	for up := filepath.Dir(dir); up != filepath.Clean(os.TempDir()) && len(up) > 1; up = filepath.Dir(up) {
+		if err := os.Chmod(up, 0o711); err != nil {
+			t.Fatal(err)
+		}
+	}
+	runtime.LockOSThread() // the file system's user is a thread's own
+	if err := syscall.Setfsuid(nobody); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = syscall.Setfsuid(0)
+		runtime.UnlockOSThread()
+	})
+	if d, err := os.Open(dir); err == nil {
+		d.Close()
+		t.Skip("this user may open anything")
+	}
+}
