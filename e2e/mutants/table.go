@@ -60,7 +60,7 @@ var mutations = []mutation{
 	{"lost/declared", wal + "/recover.go", "if ceiling > f.Next &&", "if false && ceiling > f.Next &&", wal, "TestCrashAndReplay"},
 	{"lost/ceiling", wal + "/append.go", "left == 0 || ", "", wal, "TestCeiling"},
 	{"lost/header", receiptlog + "/seal.go", "headerExtra{lostFrom: r.From, lostTo: r.To}", "headerExtra{lostFrom: 0 * r.From}", receiptlog, "TestMachineCrash"},
-	{"wal/unknown-level", wal + "/append.go", "if level != Written && level != Durable {", "if false {", wal, "TestRefusedAppends"},
+	{"wal/unknown-level", wal + "/append.go", "if level < Queued || level > Durable {", "if false {", wal, "TestRefusedAppends"},
 	{"wal/latched-error", wal + "/append.go", "usable() error {\n	if w.err != nil {", "usable() error {\n	if false {", wal, "TestEveryCallFails"},
 	{"wal/reserve", wal + "/append.go", "if w.headroom() < w.cfg.ReserveBytes+need {", "if false {", wal, "TestReserve"},
 	{"wal/release-synced", wal + "/append.go", "released, end := w.durable, min(w.released, w.durable), w.next", "released, end := w.durable, w.released, w.next", wal, "TestReleaseAheadOfDurable"},
