@@ -14,6 +14,8 @@ VENV := .venv
 FUZZTIME ?= 30s
 BENCHFLAGS ?=
 FAULTFLAGS ?=
+SOAKFLAGS ?=
+MUTANTFLAGS ?=
 
 .PHONY: help
 help: ## list the targets
@@ -68,6 +70,14 @@ sizing: setup ## what a million receipts cost, and knhk at 100, 1,000 and 10,000
 .PHONY: fault
 fault: setup ## every fault at its full rounds; prints a table, writes fault.json (FAULTFLAGS="--rounds crash/kill-9=1000")
 	go run ./e2e/fault/lane $(FAULTFLAGS)
+
+.PHONY: mutants
+mutants: ## takes out one fsync, lock or check at a time: a named test must fail; writes mutants.json
+	go run ./e2e/mutants $(MUTANTFLAGS)
+
+.PHONY: soak
+soak: setup ## 30 minutes at half of capacity, and whether anything grows; writes soak.json (SOAKFLAGS="--minutes 120")
+	go run ./e2e/soak $(SOAKFLAGS)
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (30s)
