@@ -229,6 +229,11 @@ func (v *victim) crash(ctx context.Context, i int, l *load) (early [][]byte, err
 	if err != nil {
 		return nil, err
 	}
+	cpu, err := v.Knhk.CPU()
+	if err != nil {
+		return nil, err
+	}
+	v.run.Max("CPU until ready, ms", float64(cpu.Milliseconds()))
 	v.run.Max("RSS when ready, MiB", float64(rss>>20))
 	ready := time.Now()
 	for _, class := range []string{"R1", "W1"} {
