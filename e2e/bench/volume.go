@@ -64,7 +64,7 @@ type filled struct {
 }
 
 // measureVolume runs everything; n is how many receipts the large log holds.
-func measureVolume(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+func measureVolume(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
 	flags := flag.NewFlagSet("bench volume", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	n := flags.Int("receipts", 1_000_000, "receipts in the large log, at least 1000")
@@ -81,7 +81,7 @@ func measureVolume(ctx context.Context, args []string, stdout, stderr io.Writer)
 		if err != nil {
 			return err
 		}
-		defer os.RemoveAll(tmp)
+		defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
 		*dir = tmp
 	}
 	if err := os.MkdirAll(*dir, 0o700); err != nil {

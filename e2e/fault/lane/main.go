@@ -55,12 +55,12 @@ func check(rounds string) error {
 	return nil
 }
 
-func run(only, rounds, seed, out string, quick bool) error {
+func run(only, rounds, seed, out string, quick bool) (err error) {
 	dir, err := os.MkdirTemp("", "knhk-fault-")
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	// Ctrl-C reaches the tests too, being in this process group; the table is still made of what there is.
 	interrupts := make(chan os.Signal, 1)
 	signal.Notify(interrupts, os.Interrupt)
@@ -89,7 +89,9 @@ func run(only, rounds, seed, out string, quick bool) error {
 		return err
 	}
 	problems := judge(rows, only == "", quick)
-	show(rows)
+	if err := show(rows); err != nil {
+		return err
+	}
 	body, err := json.MarshalIndent(map[string]any{"full": !quick, "faults": rows}, "", "  ")
 	if err != nil {
 		return err
@@ -168,14 +170,14 @@ func judge(rows []fault.Row, all, quick bool) []error {
 		}
 	}
 	for _, f := range fault.Table {
-		if all && !seen[f.Name] && !(quick && f.Test == 0) {
+		if all && !seen[f.Name] && (!quick || f.Test > 0) {
 			problems = append(problems, fmt.Errorf("fault %s was not tested", f.Name))
 		}
 	}
 	return problems
 }
 
-func show(rows []fault.Row) {
+func show(rows []fault.Row) error {
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "\nfault\trounds\tobserved\tas promised\tseconds\tresult\tobserved by")
 	for _, r := range rows {
@@ -185,5 +187,5 @@ func show(rows []fault.Row) {
 		}
 		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%.1f\t%s\t%s\n", r.Name, r.Rounds, r.Observed, r.Done, r.Seconds, result, r.How)
 	}
-	w.Flush()
+	return w.Flush()
 }
