@@ -72,7 +72,7 @@ fault: setup ## every fault at its full rounds; prints a table, writes fault.jso
 	go run ./e2e/fault/lane $(FAULTFLAGS)
 
 .PHONY: mutants
-mutants: ## takes out one fsync, lock or check at a time: a named test must fail; writes mutants.json
+mutants: setup ## takes out one fsync, lock or check at a time: a named test must fail; writes mutants.json
 	go run ./e2e/mutants $(MUTANTFLAGS)
 
 .PHONY: soak

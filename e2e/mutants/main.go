@@ -103,7 +103,7 @@ func run(ctx context.Context, chosen []mutation, jobs int, out string) error {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }() // in the temporary folder, whatever is left
 	begin := time.Now()
 	// One compilation serves neighbours: jobs take whole packages.
 	slices.SortStableFunc(chosen, func(a, b mutation) int { return cmp.Compare(a.pkg, b.pkg) })
@@ -141,7 +141,7 @@ func run(ctx context.Context, chosen []mutation, jobs int, out string) error {
 		})
 	}
 	wg.Wait()
-	if err := errors.Join(append(errs, ctx.Err())...); err != nil {
+	if err := errors.Join(errors.Join(errs...), ctx.Err()); err != nil {
 		return err
 	}
 	show(rows, time.Since(begin))
@@ -330,7 +330,7 @@ func show(rows []row, took time.Duration) {
 			n++
 		}
 	}
-	w.Flush()
+	_ = w.Flush() // to standard output
 	fmt.Printf("\n%d of %d killed in %v\n", n, len(rows), took.Round(time.Second))
 }
 

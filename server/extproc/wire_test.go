@@ -4,12 +4,14 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	filterv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/ext_proc/v3"
 	extprocv3 "github.com/envoyproxy/go-control-plane/envoy/service/ext_proc/v3"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -126,13 +128,76 @@ func differ(t *testing.T, m *message, trimmed func([]byte) error, b []byte) {
 	}
 }
 
+// trimmed fails on what is wrong with what the scanner reads, the attributes under our key included.
 func trimmed(t testing.TB) func([]byte) error {
 	t.Helper()
-	f, err := wiretest.Trim((&extprocv3.ProcessingRequest{}).ProtoReflect().Descriptor(), read)
-	if err != nil {
-		t.Fatal(err)
+	trim := func(m proto.Message, keep wiretest.Keep) func([]byte) error {
+		t.Helper()
+		f, err := wiretest.Trim(m.ProtoReflect().Descriptor(), keep)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
 	}
-	return f
+	message := trim(&extprocv3.ProcessingRequest{}, read)
+	fields := trim(&structpb.Struct{}, wiretest.Keep{1: {1: nil, 2: nil}})
+	value := trim(&structpb.Value{}, wiretest.Keep{1: nil, 2: nil, 3: nil, 4: nil, 5: nil, 6: nil})
+	ours := []string{"xds.route_name", "xds.cluster_name", "source.address", "connection.uri_san_peer_certificate",
+		"upstream.address", "response.code_details", "upstream.request_attempt_count"}
+	return func(b []byte) error {
+		if err := message(b); err != nil {
+			return err
+		}
+		for _, entry := range pieces(b, 9) {
+			if mapKey(entry) != attributesKey {
+				continue
+			}
+			for _, attributes := range pieces(entry, 2) {
+				if err := fields(attributes); err != nil {
+					return err
+				}
+				for _, field := range pieces(attributes, 1) {
+					if !slices.Contains(ours, mapKey(field)) {
+						continue
+					}
+					for _, v := range pieces(field, 2) {
+						if err := value(v); err != nil {
+							return err
+						}
+					}
+				}
+			}
+		}
+		return nil
+	}
+}
+
+// pieces lists the values of a field of the wire type of messages.
+func pieces(b []byte, want protowire.Number) (out [][]byte) {
+	for len(b) > 0 {
+		num, typ, n := protowire.ConsumeTag(b)
+		if n < 0 {
+			return out
+		}
+		b = b[n:]
+		if n = protowire.ConsumeFieldValue(num, typ, b); n < 0 {
+			return out
+		}
+		if num == want && typ == protowire.BytesType {
+			v, _ := protowire.ConsumeBytes(b)
+			out = append(out, v)
+		}
+		b = b[n:]
+	}
+	return out
+}
+
+// mapKey is the key of a map entry: the last one counts.
+func mapKey(entry []byte) string {
+	if keys := pieces(entry, 1); len(keys) > 0 {
+		return string(keys[len(keys)-1])
+	}
+	return ""
 }
 
 // requestMessage is a request as Envoy sends it.
@@ -192,6 +257,14 @@ func seeds(t testing.TB) [][]byte {
 		}
 		return out
 	}
+	// attribute is a message with one attribute of ours, whose map entry ends with rest.
+	attribute := func(rest string) []byte {
+		field := append(protowire.AppendString([]byte{0x0a}, "source.address"), rest...)
+		fields := protowire.AppendBytes([]byte{0x0a}, field)
+		entry := protowire.AppendString([]byte{0x0a}, attributesKey)
+		entry = protowire.AppendBytes(append(entry, 0x12), fields)
+		return protowire.AppendBytes([]byte{0x4a}, entry)
+	}
 	return [][]byte{
 		nil, req, resp, body,
 		join(req, req),                    // the same member twice: merged
@@ -201,6 +274,8 @@ func seeds(t testing.TB) [][]byte {
 		{0x12, 0x00},                      // empty headers
 		{0x10, 0x01, 0x12, 0x00},          // the member's number with the wire type of a varint first
 		{0x50, 0x80, 0x80, 0x80, 0x10},    // observability_mode by a long varint
+		attribute("\x12\x01\x1a"),         // one of ours is cut off inside
+		attribute("\x12\x03\x1a\x01\xff"), // one of ours is not UTF-8
 		{0x0b, 0x0c},                      // an empty group
 		{0x14},                            // the end of a group that never began
 		{0xfa, 0xff, 0xff, 0xff, 0x7f, 0}, // a field number beyond the last valid one
