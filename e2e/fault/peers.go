@@ -2,7 +2,7 @@ package fault
 
 // peers: hostile peers of the gRPC port.
 var peers = []Fault{
-	{"peers/mute-streams", "streams that never speak, on both services: no good request fails, RSS under its cap, goroutines back", 1, 5},
+	{"peers/mute-streams", "streams that never speak, on both services: no good request fails, RSS under 1 GiB, goroutines as many as before", 1, 5},
 	{"peers/idle-streams", "10,000 idle streams over many connections: the same", 1, 5},
 	{"peers/rapid-reset", "HEADERS and RST_STREAM in bursts: the same", 1, 5},
 	{"peers/one-byte-frames", "messages in DATA frames of one byte: the same", 1, 5},

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -358,6 +359,27 @@ func goroutines(t *testing.T, s *stack.Stack) (n int) {
 	return n
 }
 
+// events is how many streams knhk has seen that ended without a message, or had one that does not parse.
+func events(t *testing.T, s *stack.Stack) (n float64) {
+	t.Helper()
+	resp, err := http.Get("http://" + s.Admin + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	for sc := bufio.NewScanner(resp.Body); sc.Scan(); {
+		line := sc.Text()
+		if strings.HasPrefix(line, "knhk_extproc_events_total") && (strings.Contains(line, `"empty"`) || strings.Contains(line, `"malformed"`)) {
+			var v float64
+			if _, err := fmt.Sscan(line[strings.LastIndexByte(line, ' ')+1:], &v); err != nil {
+				t.Fatal(err)
+			}
+			n += v
+		}
+	}
+	return n
+}
+
 func TestHostilePeers(t *testing.T) {
 	harness.RequireEnvoy(t)
 	dir, err := os.MkdirTemp("", "knhk-hostile-")
@@ -396,7 +418,7 @@ func TestHostilePeers(t *testing.T) {
 		t.Run(f.Name, func(t *testing.T) {
 			run := fault.Begin(t, f.Name)
 			for range run.Rounds() {
-				before := quiet()
+				before, eventsBefore := quiet(), events(t, s)
 				r := &round{s: s, ctx: t.Context(), rng: run.Rand()}
 				ctx, cancel := context.WithCancel(t.Context())
 				done := make(chan error, 1)
@@ -407,9 +429,16 @@ func TestHostilePeers(t *testing.T) {
 					done <- err
 				}()
 				begun := time.Now()
+				cpuBefore, cpuErr := s.Knhk.CPU()
 				attackErr := do(r)
 				time.Sleep(max(0, phase-time.Since(begun))) // the length of the phase, not a wait for anything
+				cpu, err := s.Knhk.CPU()
 				rss, rssErr := s.Knhk.RSS()
+				if err := errors.Join(cpuErr, err); err != nil {
+					t.Fatal(err)
+				}
+				cores := float64(cpu-cpuBefore) / float64(time.Since(begun))
+				crowd := goroutines(t, s)
 				cancel()
 				if err := <-done; err != nil {
 					t.Errorf("under attack: %v", err)
@@ -423,8 +452,18 @@ func TestHostilePeers(t *testing.T) {
 				if attackErr != nil || rssErr != nil {
 					t.Fatalf("%v, %v", attackErr, rssErr)
 				}
-				if r.sent > 0 {
-					run.Observed("the attacker's own counters")
+				// Seen by the attacker (written and taken, or what it was told) and by the server's own counts.
+				seen, how := r.sent > 0 && told > 0, "attacker: sent, and RST_STREAM or GOAWAY received"
+				switch f.Name {
+				case "peers/mute-streams", "peers/idle-streams", "peers/half-preface":
+					seen, how = crowd > usual+int(r.sent)/2, "goroutines of knhk during the attack"
+				case "peers/rapid-reset", "peers/garbage", "peers/one-byte-frames":
+					seen, how = events(t, s)-eventsBefore >= float64(r.sent)/1000, "knhk_extproc_events_total empty and malformed"
+				case "peers/control-floods":
+					seen, how = r.sent > 0, "attacker: frames written"
+				}
+				if seen {
+					run.Observed(how)
 				}
 				if rss > rssCap {
 					t.Errorf("%d MiB resident", rss>>20)
@@ -434,7 +473,8 @@ func TestHostilePeers(t *testing.T) {
 				run.Add("told", float64(told))
 				run.Max("rss_mib", float64(rss>>20))
 				run.Max("p99_ratio", float64(during)/float64(max(before, after)))
-				t.Logf("%d sent, told %d times, %d MiB, p99 %v / %v / %v", r.sent, told, rss>>20, before, during, after)
+				run.Max("cores", cores)
+				t.Logf("%.2f cores; %d sent, told %d times, %d MiB, p99 %v / %v / %v", cores, r.sent, told, rss>>20, before, during, after)
 				if !t.Failed() {
 					run.Done()
 				}
