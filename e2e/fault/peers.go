@@ -9,5 +9,6 @@ var peers = []Fault{
 	{"peers/oversized", "length prefix of 4 GiB, 16 MiB bodies, header lists of 1 MiB, endless CONTINUATION: the same", 1, 5},
 	{"peers/half-preface", "connections that never finish their preface: the same", 1, 5},
 	{"peers/control-floods", "floods of PING and SETTINGS by a peer that reads nothing: the same", 1, 5},
+	{"peers/slow-readers", "streams with a window of 0 that ask 2,000 times each: the same", 1, 5},
 	{"peers/garbage", "messages that are no protobuf, and compressed bombs: the same", 1, 5},
 }

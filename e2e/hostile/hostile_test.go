@@ -287,6 +287,26 @@ var attacks = map[string]func(*round) error{
 		}
 		return nil
 	},
+	"peers/slow-readers": func(r *round) error { // a window of 0: no answer can be sent
+		a, err := r.dial(false)
+		if err != nil {
+			return err
+		}
+		if err := a.fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0}); err != nil {
+			return err
+		}
+		for range 200 {
+			id, err := a.open(extProc, false)
+			if err == nil { // 2,000 empty messages, each of which has an answer
+				err = a.fr.WriteData(id, false, bytes.Repeat(prefix(0, 0), 2000))
+			}
+			if err != nil {
+				return err
+			}
+			r.sent++
+		}
+		return a.w.Flush()
+	},
 	"peers/garbage": func(r *round) error {
 		a, err := r.dial(true)
 		if err != nil {
@@ -455,7 +475,7 @@ func TestHostilePeers(t *testing.T) {
 				// Seen by the attacker (written and taken, or what it was told) and by the server's own counts.
 				seen, how := r.sent > 0 && told > 0, "attacker: sent, and RST_STREAM or GOAWAY received"
 				switch f.Name {
-				case "peers/mute-streams", "peers/idle-streams", "peers/half-preface":
+				case "peers/mute-streams", "peers/idle-streams", "peers/half-preface", "peers/slow-readers":
 					seen, how = crowd > usual+int(r.sent)/2, "goroutines of knhk during the attack"
 				case "peers/rapid-reset", "peers/garbage", "peers/one-byte-frames":
 					seen, how = events(t, s)-eventsBefore >= float64(r.sent)/1000, "knhk_extproc_events_total empty and malformed"
