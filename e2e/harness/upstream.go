@@ -44,11 +44,13 @@ type Seen struct {
 //	/do/reset             the connection (HTTP/2: the stream) is reset before any header
 //	/do/cut/N             200, N bytes, and when the request's body has ended the connection is closed (HTTP/2: the
 //	                      stream reset) without an end; a client that keeps its body open decides when (Request.Open)
+//	/do/hasty/CODE        that status with an empty body, before the request's body has ended
 //	/do/redirect/CODE/... that redirect to the rest of the path
 //	/do/echo              200 with an Echo as JSON
 //	/do/trailers          200 with trailers x-sum: 1 and x-knhk-receipt: forged-trailer
 //	/do/early             103 with a Link header, then 200
 //	/do/forge             200 with forged x-knhk-receipt, x-knhk-class and x-knhk-other headers
+//	/do/odd               200 with header values that are no UTF-8 (Cache-Status too) and X-Twice two times
 //	/do/cached            200 with a Cache-Status hit
 //	/do/ws                a websocket that echoes
 //
@@ -215,6 +217,13 @@ var behaviours = map[string]func(http.ResponseWriter, *http.Request, string){
 		_, _ = io.Copy(io.Discard, r.Body)
 		abort(w, false) // RST could overtake the bytes
 	},
+	"hasty": func(w http.ResponseWriter, _ *http.Request, arg string) {
+		ctl := http.NewResponseController(w)
+		_ = ctl.EnableFullDuplex() // HTTP/2 needs none
+		w.Header().Set("Content-Length", "0")
+		w.WriteHeader(number(arg, 200))
+		_ = ctl.Flush()
+	},
 	"redirect": func(w http.ResponseWriter, r *http.Request, arg string) {
 		code, to, _ := strings.Cut(arg, "/")
 		w.Header().Set("Location", "http://"+r.Host+"/"+to)
@@ -237,6 +246,13 @@ var behaviours = map[string]func(http.ResponseWriter, *http.Request, string){
 			w.Header().Set(name, "forged")
 		}
 		_, _ = io.WriteString(w, "forged\n")
+	},
+	"odd": func(w http.ResponseWriter, _ *http.Request, _ string) {
+		for _, name := range []string{"X-Odd", "Cache-Status", "X-Cache", "Content-Type"} {
+			w.Header().Set(name, "caf\xe9\xff\x80")
+		}
+		w.Header()["X-Twice"] = []string{"1", "2"}
+		_, _ = io.WriteString(w, "odd\n")
 	},
 	"cached": func(w http.ResponseWriter, _ *http.Request, _ string) {
 		w.Header().Set("Cache-Status", "upstream; hit")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
@@ -147,16 +148,23 @@ func h2Request(w *world, name, method, target string, body io.Reader) *http.Requ
 	return r
 }
 
-// websocketEcho opens a websocket, has a word echoed and closes it.
-func websocketEcho(w *world, name string) {
+// openWebsocket opens a websocket to the echo, and the connection under it: closing that one leaves without a word.
+func openWebsocket(w *world, name string) (*websocket.Conn, net.Conn) {
 	w.t.Helper()
 	tcp := w.tcp()
-	defer tcp.Close()
 	at := &url.URL{Scheme: "ws", Host: name + caseSuffix, Path: "/ws/do/ws"}
 	c, err := websocket.NewClient(&websocket.Config{Location: at, Origin: &url.URL{Scheme: "http", Host: at.Host}, Version: 13}, tcp)
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	return c, tcp
+}
+
+// websocketEcho opens a websocket, has a word echoed and closes it.
+func websocketEcho(w *world, name string) {
+	w.t.Helper()
+	c, tcp := openWebsocket(w, name)
+	defer tcp.Close()
 	word := []byte("hello")
 	if _, err := c.Write(word); err != nil {
 		w.t.Fatal(err)

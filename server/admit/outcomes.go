@@ -125,7 +125,13 @@ var localReplies = []struct{ prefix, kind string }{
 	{"ext_proc", "ext_proc_failed"},
 	{"knhk_", "refused_unrecorded"},
 	{"http1.", "protocol_error"},
+	{"http2.remote_re", "client_abort"}, // remote_reset, remote_refuse
+	{"http3.remote_re", "client_abort"},
 	{"http2.", "protocol_error"},
+	{"http3.", "protocol_error"},
+	{"http.", "protocol_error"},
+	{"low_version", "protocol_error"},
+	{"missing_path", "protocol_error"},
 	{"invalid_", "protocol_error"},
 	{"path_normalization_failed", "bad_path"},
 	{"absolute_path_rejected", "bad_path"},
