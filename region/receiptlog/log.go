@@ -90,6 +90,7 @@ type Log struct {
 	store       *store
 	wal         *wal.WAL
 	clock       *clock
+	before      time.Time // of the last block before Open
 	identity    note.Signer
 	daily       *dailySigner
 	rotateMu    sync.Mutex    // held while the daily key changes; guards the next two
@@ -200,7 +201,7 @@ func Open(ctx context.Context, cfg Config) (_ *Log, err error) {
 	if _, err := l.store.getMeta("chain", &l.chain); err != nil {
 		return nil, err
 	}
-	l.clock = newClock(cfg.Now, l.chain.Time)
+	l.clock, l.before = newClock(cfg.Now, l.chain.Time), l.chain.Time
 	l.daily = &dailySigner{origin: l.id.Origin, clock: l.clock}
 	if err := l.openDaily(ctx); err != nil {
 		return nil, err
@@ -245,6 +246,10 @@ func (l *Log) addLeaf(ctx context.Context, leaf []byte) (uint64, error) {
 
 // Origin returns the origin of the log, log id included.
 func (l *Log) Origin() string { return l.id.Origin }
+
+// Before is the time of the last block that an earlier process has closed: until then it has certainly lived, and at most
+// SealEvery, or Heartbeat without records, longer. Zero for a new log.
+func (l *Log) Before() time.Time { return l.before }
 
 // IdentityVKey returns the verifier key that policies and witnesses pin.
 func (l *Log) IdentityVKey() string { return l.id.Identity }

@@ -35,9 +35,9 @@ type Metrics struct {
 	provider *sdk.MeterProvider
 	meter    metric.Meter
 
-	decisions, outcomes, unreceipted, gaps, streams, alsEnded, reloads metric.Int64Counter
-	alsOpen                                                            metric.Int64UpDownCounter
-	duration                                                           metric.Float64Histogram
+	decisions, outcomes, unreceipted, gaps, streams, alsEnded, unheard, reloads metric.Int64Counter
+	alsOpen                                                                     metric.Int64UpDownCounter
+	duration                                                                    metric.Float64Histogram
 
 	decided  sync.Map // decisionKey -> []metric.AddOption
 	options  sync.Map // [2]string -> []metric.AddOption: one attribute
@@ -74,6 +74,7 @@ func New() (*Metrics, error) {
 	counter(&m.gaps, names.Gaps, "{transaction}", "Transactions that passed without a receipt.")
 	counter(&m.streams, names.Streams, "{event}", "Events of ext_proc streams.")
 	counter(&m.alsEnded, names.AccessLogEnded, "{stream}", "Access log streams that ended.")
+	counter(&m.unheard, names.AccessLogUnheard, "{interval}", "Intervals in which an access log was not heard.")
 	counter(&m.reloads, names.Reloads, "{reload}", "Configuration reloads.")
 	if err == nil {
 		m.alsOpen, err = m.meter.Int64UpDownCounter(names.AccessLogStreams, metric.WithUnit("{stream}"),
@@ -143,6 +144,9 @@ func (m *Metrics) AccessLog(delta int64) {
 		m.alsEnded.Add(context.Background(), 1)
 	}
 }
+
+// Unheard counts an interval in which the access log of an Envoy worker was not heard here.
+func (m *Metrics) Unheard() { m.unheard.Add(context.Background(), 1) }
 
 func (m *Metrics) one(c metric.Int64Counter, attr, value string) {
 	k := [2]string{attr, value}
