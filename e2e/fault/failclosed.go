@@ -1,4 +1,13 @@
 package fault
 
-// failClosed: what happens to a request when knhk cannot answer, on routes that deny.
-var failClosed = []Fault{}
+// failClosed: what happens to a request when knhk cannot answer, on routes that deny. What must hold in each: no request reaches
+// the upstream without a decision record.
+var failClosed = []Fault{
+	{"fail-closed/service-dead", "knhk was never started, or has ended: refused", 2, 6},
+	{"fail-closed/service-hung", "knhk is frozen (SIGSTOP): refused after message_timeout; what it decides when thawed says that it came too late", 2, 6},
+	{"fail-closed/killed-after-admitting", "knhk is killed (SIGKILL) while the upstream works: the decision is there after restart, its outcome unknown", 2, 10},
+	{"fail-closed/garbage", "somebody at knhk's address sends messages that are none or do not fit, or does not speak HTTP/2: refused", 2, 6},
+	{"fail-closed/grpc-error", "every gRPC error code for an answer: refused", 2, 6},
+	{"fail-closed/missing-cluster", "Envoy's configuration has knhk's cluster under another name, or not at all: refused", 2, 4},
+	{"fail-closed/socket-without-permission", "Envoy may not open knhk's unix socket: refused", 2, 6},
+}
