@@ -1,20 +1,11 @@
 package failclosed
 
 import (
-	"io/fs"
 	"os"
 	"runtime"
 
 	"golang.org/x/sys/unix"
 )
-
-func (w *site) stateOf(file string) (fs.FileMode, error) {
-	fi, err := os.Stat(file)
-	if err != nil {
-		return 0, err
-	}
-	return fi.Mode(), nil
-}
 
 // startEnvoyUnprivileged starts Envoy without the capabilities by which root passes over the permissions of files.
 func (w *site) startEnvoyUnprivileged() {

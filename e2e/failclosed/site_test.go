@@ -16,7 +16,7 @@ import (
 )
 
 // routes has a route of every kind: both classes, one that is classified by its body, and both classes on routes that let pass
-// what cannot be recorded. Everything that stands not here has its default.
+// what cannot be recorded. What does not stand here has its default.
 const routes = `
 routes:
 - {name: hot, prefix: /hot, cluster: up, policy: {class: R1}}
@@ -41,8 +41,8 @@ type site struct {
 	gaps         int // responses of the upstream without a receipt id
 }
 
-// each does the rounds of a fault, alternating between lean and full capture: prepare makes the world and f is the story. Both lines of
-// the table, what is denied and what is counted, are shown by the same rounds.
+// each does the rounds of a fault, by turns in lean capture over TCP and in full capture over a unix socket; f is the story. Both
+// lines of the table, what is denied and what is counted, are shown by the same rounds.
 func each(t *testing.T, name string, cfg stack.Config, f func(w *site)) {
 	t.Helper()
 	harness.RequireEnvoy(t)
@@ -50,6 +50,7 @@ func each(t *testing.T, name string, cfg stack.Config, f func(w *site)) {
 	for i := range max(closed.Rounds(), open.Rounds()) {
 		cfg := cfg
 		cfg.Capture = audited.Captures[i%len(audited.Captures)]
+		cfg.UnixSocket = cfg.UnixSocket || cfg.Capture == "full"
 		t.Run(fmt.Sprintf("%s-%d", cfg.Capture, i), func(t *testing.T) {
 			if cfg.YAML == "" {
 				cfg.YAML = routes
@@ -248,8 +249,8 @@ func (w *site) row(fault, denied, allowed, metric, line string) {
 }
 
 // complete audits the world and compares the upstream's journal with the receipts: every request that the upstream saw has a
-// decision that let it go on, but for as many as passed without a receipt, on routes that say so. lost is how many of those
-// have a decision all the same, made too late for Envoy.
+// decision that let it go on, but for as many as passed without a receipt, on routes that say so. Of those at most late have a
+// decision all the same, made when Envoy had gone on.
 func (w *site) complete(late int) audited.Transcript {
 	w.t.Helper()
 	seen := w.Upstream.Seen()

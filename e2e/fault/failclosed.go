@@ -10,4 +10,9 @@ var failClosed = []Fault{
 	{"fail-closed/grpc-error", "every gRPC error code for an answer: refused", 2, 6},
 	{"fail-closed/missing-cluster", "Envoy's configuration has knhk's cluster under another name, or not at all: refused", 2, 4},
 	{"fail-closed/socket-without-permission", "Envoy may not open knhk's unix socket: refused", 2, 6},
+	{"fail-closed/log-full", "the write-ahead log is full: refused until a block is closed", 2, 6},
+	{"fail-closed/disk-full", "the disk is full: refused until there is room; knhk does not start on it", 2, 6},
+	{"fail-closed/log-read-only", "the state directory is read-only: knhk ends and does not start; refused, what was admitted before is there", 2, 6},
+	{"fail-closed/failed-fsync", "an fsync of the write-ahead log or of the block store fails: refused, nothing signed until a restart has checked the state", 2, 8},
+	{"fail-closed/token-away", "the HSM's token is gone: durable and unsigned up to max_unsigned, then refused; back: signed", 2, 6},
 }
