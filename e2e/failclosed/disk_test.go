@@ -246,7 +246,7 @@ func TestFailedSync(t *testing.T) {
 		w.Serves("before", "/p")
 		mark := w.mark()
 		failed := disk.Fail(faultfs.Fault{Op: faultfs.OpSync, Path: place, Errno: syscall.EIO, Times: 1})
-		want, line := refusal{503, "log_unavailable"}, ""
+		want := refusal{503, "log_unavailable"}
 		if place == "wal/*" {
 			w.untilRefused("failing", want, 0)
 			w.logged(mark, "publishCheckpoint", "note.Sign", "not available until restarted") // nothing is signed any more
@@ -258,7 +258,7 @@ func TestFailedSync(t *testing.T) {
 			if n := w.Metric("knhk_log_refusing"); n != 1 {
 				t.Errorf("knhk_log_refusing is %v", n)
 			}
-			line = w.logged(mark, "decision cannot be recorded", "reason=log_unavailable", "input/output error")
+			line := w.logged(mark, "decision cannot be recorded", "reason=log_unavailable", "input/output error")
 			disk.ClearFaults()
 			w.refuses("disk-is-back", want)
 			if n := w.Metric("knhk_log_checkpoint"); n != signed {
@@ -269,7 +269,7 @@ func TestFailedSync(t *testing.T) {
 			w.KillKnhk()
 		} else { // the block store cannot tell what it has: knhk ends
 			w.ends("failing")
-			line = w.logged(mark, "block store cannot go on", "input/output error")
+			line := w.logged(mark, "block store cannot go on", "input/output error")
 			w.refuses("failed", refusal{503, ""})
 			w.passes("gap-failed", 4)
 			if n := w.stat(failedOpen); n != 4 {

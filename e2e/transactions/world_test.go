@@ -460,3 +460,12 @@ func (w *world) tcp() net.Conn {
 	}
 	return tcp
 }
+
+// serves waits until requests are answered with receipts again.
+func (w *world) serves(name string) {
+	w.t.Helper()
+	w.until("requests are admitted: "+name, func() bool {
+		resp, err := w.Do(w.t.Context(), harness.Request{Host: name + caseSuffix, Target: "/p"})
+		return err == nil && resp.Status == 200 && resp.Header.Get("X-Knhk-Receipt") != ""
+	})
+}
