@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -179,6 +180,11 @@ type Transcript struct {
 	Raw    []byte
 	List   []*Entry
 	ByCase map[string][]*Entry
+}
+
+// Has reports whether a case has a receipt with this id.
+func (tr Transcript) Has(name, id string) bool {
+	return slices.ContainsFunc(tr.ByCase[name], func(e *Entry) bool { return e.Decision.ID == id })
 }
 
 // Entry is one receipt.

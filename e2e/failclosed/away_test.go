@@ -84,7 +84,7 @@ func TestDead(t *testing.T) {
 				t.Errorf("%s: %d receipts", name, n)
 			}
 		}
-		w.row("service dead", refusal{503, ""}.String(), "pass; Envoy's failure_mode_allowed is exact, interval named", "Envoy "+streamsFailed+", "+connectFailed, line)
+		w.row("service dead", refusal{503, ""}.String(), envoyExact, "Envoy "+streamsFailed+", "+connectFailed, line)
 	})
 }
 
@@ -209,8 +209,8 @@ func TestKilledAfterAdmitting(t *testing.T) {
 			}
 			t.Logf("%s: %d, %v", name, status[name], list[0])
 		}
-		w.row("killed after admitting", fmt.Sprintf("%d with id, then 503, empty", status["flight-w1"]), fmt.Sprintf("%d with id, then pass; interval named", status["flight-allow"]),
-			"knhk_outcomes_unknown_total", line)
+		w.row("killed after admitting", fmt.Sprintf("%d with id, then 503, empty", status["flight-w1"]),
+			fmt.Sprintf("%d with id, then pass; Envoy exact, interval named", status["flight-allow"]), "knhk_outcomes_unknown_total", line)
 	})
 }
 
@@ -283,7 +283,7 @@ func TestMissingCluster(t *testing.T) {
 		w.Serves("found", "/p")
 		line := w.logged(mark, "unknown interval", "since=", "until=")
 		w.complete(0)
-		w.row("missing cluster", refusal{503, ""}.String(), "pass; Envoy's failure_mode_allowed is exact, interval named", "knhk_accesslog_streams 0", line)
+		w.row("missing cluster", refusal{503, ""}.String(), envoyExact, "knhk_accesslog_streams 0", line)
 	})
 }
 
@@ -321,7 +321,7 @@ func TestSocketWithoutPermission(t *testing.T) {
 				t.Errorf("%s: %d receipts", name, n)
 			}
 		}
-		w.row("socket without permission", refusal{503, ""}.String(), "pass; Envoy's failure_mode_allowed is exact, interval named",
+		w.row("socket without permission", refusal{503, ""}.String(), envoyExact,
 			"Envoy "+connectFailed+"; knhk_accesslog_streams 0", line)
 	})
 }

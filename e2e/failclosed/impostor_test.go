@@ -181,7 +181,7 @@ func TestGarbage(t *testing.T) {
 		w.startKnhk("back")
 		line := w.unknown(0, w.gaps)
 		w.complete(0)
-		w.row("garbage", refusal{503, ""}.String()+"; 504 if it accepts and says nothing", "pass; Envoy's failure_mode_allowed is exact, interval named",
+		w.row("garbage", refusal{503, ""}.String()+"; 504 if it accepts and says nothing", envoyExact,
 			"Envoy "+streamsFailed+", http.knhk.ext_proc.spurious_msgs_received", line)
 	})
 }
@@ -253,7 +253,7 @@ func TestGRPCError(t *testing.T) {
 		w.startKnhk("back")
 		line := w.unknown(0, w.gaps)
 		w.complete(0)
-		w.row("gRPC error, any code", refusal{503, ""}.String(), "pass; Envoy's failure_mode_allowed is exact, interval named", "Envoy "+streamsFailed, line)
+		w.row("gRPC error, any code", refusal{503, ""}.String(), envoyExact, "Envoy "+streamsFailed, line)
 	})
 }
 

@@ -243,6 +243,13 @@ func (w *site) logged(mark int64, words ...string) (line string) {
 	return line
 }
 
+// What rows of the matrix say of gaps and of refusals.
+const (
+	knhkExact  = "pass; service and access log exact"
+	envoyExact = "pass; Envoy's failure_mode_allowed is exact, interval named"
+	unrecorded = "knhk_unreceipted_total{refused_unrecorded}, knhk_gaps_total"
+)
+
 // row logs a row of the matrix.
 func (w *site) row(fault, denied, allowed, metric, line string) {
 	w.t.Logf("matrix: | %s (%s) | %s | %s | %s | %s |", fault, strings.ToUpper(w.capture), denied, allowed, metric, line)
