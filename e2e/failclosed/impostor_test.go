@@ -175,6 +175,9 @@ func TestGarbage(t *testing.T) {
 		if misbehaved == 15 {
 			w.observed("the impostor's own counts")
 		}
+		if bad, failed := w.stat(spurious), w.stat(streamsFailed); bad == 0 || failed == 0 {
+			t.Errorf("Envoy counts %v answers that do not fit and %v failed streams", bad, failed)
+		}
 		if n := w.stat(failedOpen); n != float64(w.gaps) {
 			t.Errorf("Envoy counts %v gaps of %d", n, w.gaps)
 		}
@@ -182,7 +185,7 @@ func TestGarbage(t *testing.T) {
 		line := w.unknown(0, w.gaps)
 		w.complete(0)
 		w.row("garbage", refusal{503, ""}.String()+"; 504 if it accepts and says nothing", envoyExact,
-			"Envoy "+streamsFailed+", http.knhk.ext_proc.spurious_msgs_received", line)
+			"Envoy "+streamsFailed+", "+spurious, line)
 	})
 }
 
