@@ -1,8 +1,13 @@
 package admit
 
 import (
+	"bytes"
+	"log/slog"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/knhk/sidecar/server/accesslog"
 )
 
 func TestUnheard(t *testing.T) {
@@ -29,5 +34,28 @@ func TestUnheard(t *testing.T) {
 	}
 	if len(u.ended) > maxUnheard || len(u.ended["same"]) > maxUnheard {
 		t.Errorf("%d Envoys, %d ends of one are remembered", len(u.ended), len(u.ended["same"]))
+	}
+}
+
+// TestUnknownInterval: every begin of an access log stream ends an interval of which nothing is known, and is told with both its ends.
+func TestUnknownInterval(t *testing.T) {
+	p, _, m := newPipeline(t, nil)
+	var log bytes.Buffer
+	p.log = slog.New(slog.NewTextHandler(&log, nil))
+	now := time.Unix(100, 0)
+	p.now = func() time.Time { return now }
+	p.LogStream("n", accesslog.StreamOpened)
+	p.LogStream("n", accesslog.StreamEnded)
+	now = now.Add(time.Minute)
+	p.LogStream("n", accesslog.StreamOpened)
+	for _, want := range []string{
+		"node=n since=ever until=1970-01-01T00:01:40Z", "node=n since=1970-01-01T00:01:40Z until=1970-01-01T00:02:40Z",
+	} {
+		if !strings.Contains(log.String(), want) {
+			t.Errorf("no %s in\n%s", want, log.String())
+		}
+	}
+	if n := m.unreceipted["unheard"]; n != 2 {
+		t.Errorf("%d intervals are counted", n)
 	}
 }
