@@ -178,31 +178,49 @@ func (w *site) fillDisk() {
 	}
 }
 
-// TestReadOnly makes the state directory read-only while knhk runs: what it has open it can still write, but it can make no new
-// file. It does not start on such a directory.
+// TestReadOnly makes the state directory read-only while knhk runs: what it has open it can still write, but it can make no new file and
+// replace none. Records stay durable and unsigned for max_unsigned, then requests are refused, until the directory can be written again.
+// knhk does not start on such a directory, and says so.
 func TestReadOnly(t *testing.T) {
 	t.Parallel()
 	needRoot(t)
-	each(t, "log-read-only", stack.Config{YAML: logOf("wal_segment_mib: 1, wal_max_mib: 4")}, func(w *site) {
+	unsigned := refusal{503, "unsigned_too_long"}
+	each(t, "log-read-only", stack.Config{YAML: logOf("max_unsigned: 2s")}, func(w *site) {
 		w.startKnhk("")
 		mark := w.mark()
 		w.startEnvoy()
 		w.Serves("before", "/p")
+		w.Settle()
+		signed := w.Metric("knhk_log_checkpoint")
 		w.readOnly()
-		w.ends("read-only")
-		line := w.logged(mark, "read-only file system")
-		w.refuses("gone", refusal{503, ""})
-		w.passes("gap-gone", 4)
+		w.observed("EROFS of another writer")
+		admitted := w.untilRefused("read-only", unsigned, 0)
+		if n := w.Metric("knhk_log_checkpoint"); n != signed {
+			t.Errorf("the checkpoint went from %v to %v leaves in a read-only directory", signed, n)
+		}
+		refused := w.refuses("refused", unsigned)
+		w.passes("gap-refused", 4)
+		w.counted(4, 4, 0)
+		w.AwaitMetric(float64(refused), "knhk_unreceipted_total", `knhk_kind="refused_unrecorded"`)
+		line := w.logged(mark, "cannot add to the log", "read-only file system")
+		w.writable()
+		w.Serves("writable-again", "/p")
+		w.AwaitMetric(signed+1, "knhk_log_checkpoint")
+
+		w.readOnly()
+		w.KillKnhk()
 		if err := w.StartKnhk(t.Context()); err == nil || !strings.Contains(err.Error(), "read-only file system") {
 			t.Errorf("knhk on a read-only directory: %v", err)
 		}
+		w.refuses("not-started", refusal{503, ""})
 		w.writable()
-		mark = w.mark()
 		w.startKnhk("restarted")
-		w.unknown(mark, 4)
-		w.complete(0)
-		w.row("log directory read-only", "503, empty: knhk ends, and does not start", envoyExact,
-			"Envoy "+streamsFailed+", "+connectFailed, line)
+		tr := w.complete(0)
+		if n := len(tr.ByCase["read-only"]); n != admitted || admitted == 0 {
+			t.Errorf("%d receipts for %d admitted requests", n, admitted)
+		}
+		w.row("log directory read-only", fmt.Sprintf("admitted, durable, unsigned for max_unsigned; then %v; does not start", unsigned), knhkExact,
+			unrecorded+", knhk_log_refusing, knhk_log_unsigned_seconds", line)
 	})
 }
 
@@ -377,7 +395,6 @@ func (w *site) readOnly() {
 	if err := os.WriteFile(filepath.Join(w.StateDir, "probe"), nil, 0o600); !errors.Is(err, unix.EROFS) {
 		w.t.Fatalf("another writer: %v", err)
 	}
-	w.observed("EROFS of another writer")
 }
 
 func (w *site) writable() {

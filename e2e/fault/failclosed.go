@@ -12,7 +12,7 @@ var failClosed = []Fault{
 	{"fail-closed/socket-without-permission", "Envoy may not open knhk's unix socket: refused", 2, 6},
 	{"fail-closed/log-full", "the write-ahead log is full: refused until a block is closed", 2, 6},
 	{"fail-closed/disk-full", "the disk is full: refused until there is room; knhk does not start on it", 2, 6},
-	{"fail-closed/log-read-only", "the state directory is read-only: knhk ends and does not start; refused", 2, 6},
+	{"fail-closed/log-read-only", "the state directory is read-only: durable and unsigned up to max_unsigned, then refused; does not start", 2, 6},
 	{"fail-closed/failed-fsync", "an fsync of WAL or block store fails: refused, nothing signed until a restart has audited the state", 2, 8},
 	{"fail-closed/token-away", "the HSM's token is gone: durable and unsigned up to max_unsigned, then refused; back: signed", 2, 6},
 }

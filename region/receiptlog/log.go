@@ -237,6 +237,11 @@ func (l *Log) openTree(ctx context.Context) error {
 
 // addLeaf appends one leaf to the transparency log and returns its index once it is integrated (durable, not yet signed).
 func (l *Log) addLeaf(ctx context.Context, leaf []byte) (uint64, error) {
+	// Tessera panics when it cannot lock its tree. On a directory that has become read-only the records had better wait, durable and
+	// unsigned, than the process end.
+	if err := unix.Access(filepath.Join(l.cfg.Dir, "log", ".state"), unix.W_OK); err != nil {
+		return 0, fmt.Errorf("log directory: %w", err)
+	}
 	idx, err := l.add(ctx, tessera.NewEntry(leaf))()
 	if err != nil {
 		return 0, err
