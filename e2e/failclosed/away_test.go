@@ -150,7 +150,7 @@ func TestKilledAfterAdmitting(t *testing.T) {
 	each(t, "killed-after-admitting", stack.Config{}, func(w *site) {
 		w.startEnvoy()
 		w.startKnhk("started")
-		targets := map[string]string{"flight-w1": "/p/do/slow/700", "flight-r1": "/hot/do/slow/700", "flight-allow": "/allow/do/slow/700"}
+		targets := map[string]string{"flight-w1": "/p/do/slow/2000", "flight-r1": "/hot/do/slow/2000", "flight-allow": "/allow/do/slow/2000"}
 		conns := map[string]*harness.Conn{}
 		for name, target := range targets {
 			c := w.Dial()
