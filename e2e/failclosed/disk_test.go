@@ -63,12 +63,12 @@ func (w *site) walBytes() (n int64) {
 func TestLogFull(t *testing.T) {
 	t.Parallel()
 	full := refusal{503, "log_full"}
-	each(t, "log-full", stack.Config{YAML: logOf("seal_every: 4s, wal_segment_mib: 1, wal_max_mib: 3")}, func(w *site) {
+	each(t, "log-full", stack.Config{YAML: logOf("seal_every: 3s, wal_segment_mib: 1, wal_max_mib: 3")}, func(w *site) {
 		w.startKnhk("")
 		mark := w.mark()
 		w.startEnvoy()
 		admitted := 0
-		for took := time.Hour; took > 2*time.Second; { // until the next block is so far off that the log stays full meanwhile
+		for took := time.Hour; took > 1500*time.Millisecond; { // until the next block is so far off that the log stays full meanwhile
 			blocks := w.Metric("knhk_log_blocks_total")
 			w.Serves("before", "/p") // a record to be in it
 			w.AwaitMetric(blocks+1, "knhk_log_blocks_total")
