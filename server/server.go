@@ -112,7 +112,10 @@ func New(ctx context.Context, path string, log *slog.Logger) (_ *Server, err err
 	if err = s.metrics.ObserveLog(s.receipts); err != nil {
 		return nil, err
 	}
-	if s.pipeline, err = admit.New(admit.Config{Recorder: s.receipts, Policy: cfg, Meter: s.metrics, Log: log, Now: time.Now}); err != nil {
+	if s.pipeline, err = admit.New(admit.Config{
+		Recorder: s.receipts, Policy: cfg, Meter: s.metrics, Log: log, Now: time.Now,
+		Before: s.receipts.Before(),
+	}); err != nil {
 		return nil, err
 	}
 	if err = s.buildGRPC(); err != nil {

@@ -15,6 +15,7 @@ const (
 	Streams          = "knhk.extproc.events"    // {event}: what happened on ext_proc streams, by event
 	AccessLogStreams = "knhk.accesslog.streams" // {stream}: access log streams open now
 	AccessLogEnded   = "knhk.accesslog.ended"   // {stream}: access log streams that ended: an Envoy epoch may have ended with unsent entries
+	AccessLogUnheard = "knhk.accesslog.unheard" // {interval}: ends of a time in which an Envoy worker's access log was not heard here
 	Pending          = "knhk.receipts.pending"  // {receipt}: decisions that wait for their outcome
 	Unsigned         = "knhk.log.unsigned"      // s: age of the oldest record under no signed checkpoint
 	Blocks           = "knhk.log.blocks"        // {block}: blocks committed

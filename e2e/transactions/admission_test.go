@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/knhk/sidecar/e2e/audited"
 	"github.com/knhk/sidecar/e2e/harness"
 	"github.com/knhk/sidecar/e2e/stack"
 )
@@ -17,13 +18,13 @@ import (
 // TestAdmission changes the configuration of a running knhk, under load, from room for everything to one request a tick, to a
 // dry run, and back, and watches what is decided.
 func TestAdmission(t *testing.T) {
-	both(t, func(t *testing.T, capture string) {
+	audited.Both(t, func(t *testing.T, capture string) {
 		w := start(t, stack.Config{YAML: edited(), Capture: capture})
 		reloadUnderLoad(w)
 		refusals(w)
 		leaveWhileParked(w)
 		dryRun(w)
-		tr := w.audit()
+		tr := w.Audit()
 		checkRefusals(w, tr)
 		checkParked(w, tr)
 		checkDryRun(w, tr)
@@ -42,7 +43,7 @@ func (w *world) load(name string, targets ...string) (stop func() (int64, error)
 	for _, target := range targets {
 		wg.Go(func() {
 			for i := 0; ctx.Err() == nil; i++ {
-				resp, err := w.Do(context.WithoutCancel(ctx), harness.Request{Host: name + caseSuffix, Target: fmt.Sprintf("%s?%d", target, i)})
+				resp, err := w.Do(context.WithoutCancel(ctx), harness.Request{Host: name + audited.CaseSuffix, Target: fmt.Sprintf("%s?%d", target, i)})
 				if err == nil && resp.Status != 200 {
 					err = fmt.Errorf("%s: status %d: %s", target, resp.Status, resp.Body)
 				}
@@ -68,12 +69,12 @@ func reloadUnderLoad(w *world) {
 	stop := w.load("load", "/p", "/hot", "/search")
 	// The class of a route.
 	w.wantClass("reload-before", "/p", "W1")
-	w.configure(strings.Replace(edited(), "prefix: /p, cluster: up}", "prefix: /p, cluster: up, policy: {class: R1}}", 1))
+	w.Configure(strings.Replace(edited(), "prefix: /p, cluster: up}", "prefix: /p, cluster: up, policy: {class: R1}}", 1))
 	w.wantClass("reload-after", "/p", "R1")
 	// The same file again, by SIGHUP.
-	applied := w.metric("knhk_config_reloads_total", `knhk_result="applied"`)
-	w.hup()
-	w.awaitMetric(applied+1, "knhk_config_reloads_total", `knhk_result="applied"`)
+	applied := w.Metric("knhk_config_reloads_total", `knhk_result="applied"`)
+	w.Hup()
+	w.AwaitMetric(applied+1, "knhk_config_reloads_total", `knhk_result="applied"`)
 	// A broken file, and one that a running knhk cannot take over.
 	for i, bad := range []string{
 		strings.Replace(edited(), "class: R1}", "class: R9}", 1),
@@ -82,27 +83,27 @@ func reloadUnderLoad(w *world) {
 		if err := w.WriteConfig(bad); err != nil {
 			w.t.Fatal(err)
 		}
-		w.awaitMetric(float64(i+1), "knhk_config_reloads_total", `knhk_result="refused"`)
+		w.AwaitMetric(float64(i+1), "knhk_config_reloads_total", `knhk_result="refused"`)
 		w.wantClass(fmt.Sprintf("reload-refused-%d", i), "/p", "R1")
 	}
-	w.hup()
-	w.awaitMetric(3, "knhk_config_reloads_total", `knhk_result="refused"`)
-	w.configure(edited())
+	w.Hup()
+	w.AwaitMetric(3, "knhk_config_reloads_total", `knhk_result="refused"`)
+	w.Configure(edited())
 	w.wantClass("reload-back", "/p", "W1")
 	n, err := stop()
 	if err != nil || n == 0 {
 		w.t.Errorf("load during reloads: %d answered, %v", n, err)
 	}
-	w.ids["load"] = make([]string, n)
+	w.IDs["load"] = make([]string, n)
 }
 
-func checkLoad(w *world, tr transcript) {
+func checkLoad(w *world, tr audited.Transcript) {
 	w.t.Helper()
-	if n, want := len(tr.byCase["load"]), len(w.ids["load"]); n != want {
+	if n, want := len(tr.ByCase["load"]), len(w.IDs["load"]); n != want {
 		w.t.Errorf("%d receipts for %d requests under load", n, want)
 	}
-	for _, e := range tr.byCase["load"] {
-		if e.d.Verdict == "refuse" || e.outcomes[0].Result != "complete" || len(e.outcomes) != 1 {
+	for _, e := range tr.ByCase["load"] {
+		if e.Decision.Verdict == "refuse" || e.Outcomes[0].Result != "complete" || len(e.Outcomes) != 1 {
 			w.t.Errorf("under load: %v", e)
 		}
 	}
@@ -110,7 +111,7 @@ func checkLoad(w *world, tr transcript) {
 
 func (w *world) wantClass(name, target, class string) {
 	w.t.Helper()
-	resp := w.get(name, target)
+	resp := w.Get(name, target)
 	if w.wantStatus(name, resp, 200); resp.Header.Get("X-Knhk-Class") != class {
 		w.t.Errorf("%s: class %q, want %s", name, resp.Header.Get("X-Knhk-Class"), class)
 	}
@@ -120,9 +121,9 @@ func (w *world) wantClass(name, target, class string) {
 // tick is free, or refused.
 func refusals(w *world) {
 	w.t.Helper()
-	w.configure(edited("R1CAP", "1", "W1CAP", "1", "W1WAIT", "100ms"))
+	w.Configure(edited("R1CAP", "1", "W1CAP", "1", "W1WAIT", "100ms"))
 	seen := map[string]bool{}
-	w.eventually("hot and warm requests are refused, warm ones parked", 30*time.Second, func() error {
+	w.Eventually("hot and warm requests are refused, warm ones parked", 30*time.Second, func() error {
 		var wg sync.WaitGroup
 		var mu sync.Mutex
 		var fault error
@@ -132,14 +133,14 @@ func refusals(w *world) {
 				name, target = "burst-w1", "/p"
 			}
 			wg.Go(func() {
-				resp, err := w.Do(w.t.Context(), harness.Request{Host: name + caseSuffix, Target: target})
+				resp, err := w.Do(w.t.Context(), harness.Request{Host: name + audited.CaseSuffix, Target: target})
 				mu.Lock()
 				defer mu.Unlock()
 				if err != nil {
 					fault = err
 					return
 				}
-				w.ids[name] = append(w.ids[name], resp.Header.Get("X-Knhk-Receipt"))
+				w.IDs[name] = append(w.IDs[name], resp.Header.Get("X-Knhk-Receipt"))
 				seen[fmt.Sprintf("%s %d", name, resp.Status)] = true
 				after, _ := strconv.Atoi(resp.Header.Get("Retry-After"))
 				if (after > 0) != (resp.Status == 429) || resp.Status != 200 && resp.Status != 429 {
@@ -151,31 +152,31 @@ func refusals(w *world) {
 		if fault != nil {
 			return fault
 		}
-		if w.metric("knhk_decisions_total", `knhk_verdict="park"`) == 0 || !seen["burst-r1 429"] || !seen["burst-w1 429"] {
+		if w.Metric("knhk_decisions_total", `knhk_verdict="park"`) == 0 || !seen["burst-r1 429"] || !seen["burst-w1 429"] {
 			return fmt.Errorf("seen so far: %v", seen)
 		}
 		return nil
 	})
 }
 
-func checkRefusals(w *world, tr transcript) {
+func checkRefusals(w *world, tr audited.Transcript) {
 	w.t.Helper()
 	got := map[string]int{}
 	for _, name := range []string{"burst-r1", "burst-w1"} {
-		if len(tr.byCase[name]) != len(w.ids[name]) {
-			w.t.Errorf("%s: %d receipts for %d requests", name, len(tr.byCase[name]), len(w.ids[name]))
+		if len(tr.ByCase[name]) != len(w.IDs[name]) {
+			w.t.Errorf("%s: %d receipts for %d requests", name, len(tr.ByCase[name]), len(w.IDs[name]))
 		}
 		passed := 0
-		for _, e := range tr.byCase[name] {
+		for _, e := range tr.ByCase[name] {
 			got[strings.Replace(e.String(), "| ext_proc", "| als", 1)]++
-			if e.d.Verdict != "refuse" {
+			if e.Decision.Verdict != "refuse" {
 				passed++
 			}
-			if (e.d.WaitedNS > 0) != (e.d.Verdict == "park") {
-				w.t.Errorf("%s: waited %d ns: %v", name, e.d.WaitedNS, e)
+			if (e.Decision.WaitedNS > 0) != (e.Decision.Verdict == "park") {
+				w.t.Errorf("%s: waited %d ns: %v", name, e.Decision.WaitedNS, e)
 			}
 		}
-		if n := w.reached(name); n != passed {
+		if n := w.Reached(name); n != passed {
 			w.t.Errorf("%s: the upstream saw %d requests of %d that passed", name, n, passed)
 		}
 	}
@@ -199,47 +200,47 @@ func checkRefusals(w *world, tr transcript) {
 // leaveWhileParked has clients leave while their requests wait for a tick, up to 800 ms away.
 func leaveWhileParked(w *world) {
 	w.t.Helper()
-	w.configure(edited("R1CAP", "4096", "W1CAP", "1", "W1WAIT", "800ms"))
-	w.eventually("a client leaves while its request is parked", 30*time.Second, func() error {
+	w.Configure(edited("R1CAP", "4096", "W1CAP", "1", "W1WAIT", "800ms"))
+	w.Eventually("a client leaves while its request is parked", 30*time.Second, func() error {
 		var conns []*harness.Conn
-		before := w.reached("parked")
+		before := w.Reached("parked")
 		for i := range 8 {
-			c := w.dial()
+			c := w.Dial()
 			conns = append(conns, c)
-			if err := c.Write(harness.Request{Host: "parked" + caseSuffix, Target: fmt.Sprintf("/p?%d", i)}.Bytes()); err != nil {
+			if err := c.Write(harness.Request{Host: "parked" + audited.CaseSuffix, Target: fmt.Sprintf("/p?%d", i)}.Bytes()); err != nil {
 				return err
 			}
 		}
 		// Those that come after the first wait for a tick each.
-		w.until("the upstream sees the first", func() bool { return w.reached("parked") > before })
+		w.Until("the upstream sees the first", func() bool { return w.Reached("parked") > before })
 		for _, c := range conns {
 			if err := c.Abort(); err != nil {
 				return err
 			}
 		}
-		if w.metric("knhk_decisions_total", `knhk_reason="client_gone"`) == 0 {
+		if w.Metric("knhk_decisions_total", `knhk_reason="client_gone"`) == 0 {
 			return fmt.Errorf("none yet")
 		}
 		return nil
 	})
-	w.configure(edited())
+	w.Configure(edited())
 }
 
-func checkParked(w *world, tr transcript) {
+func checkParked(w *world, tr audited.Transcript) {
 	w.t.Helper()
 	gone, passed := 0, 0
-	for _, e := range tr.byCase["parked"] {
+	for _, e := range tr.ByCase["parked"] {
 		switch {
-		case e.d.Reason == "client_gone":
+		case e.Decision.Reason == "client_gone":
 			gone++
-			if e.String() != "W1 refuse client_gone by route:pages 499 | ext_proc aborted answer_not_delivered" || e.d.WaitedNS == 0 {
-				w.t.Errorf("%v, waited %d ns", e, e.d.WaitedNS)
+			if e.String() != "W1 refuse client_gone by route:pages 499 | ext_proc aborted answer_not_delivered" || e.Decision.WaitedNS == 0 {
+				w.t.Errorf("%v, waited %d ns", e, e.Decision.WaitedNS)
 			}
-		case e.outcomes[0].Details != "answer_not_delivered" && e.d.Verdict != "refuse":
+		case e.Outcomes[0].Details != "answer_not_delivered" && e.Decision.Verdict != "refuse":
 			passed++
 		}
 	}
-	if n := w.reached("parked"); gone == 0 || n > passed {
+	if n := w.Reached("parked"); gone == 0 || n > passed {
 		w.t.Errorf("%d left while parked, %d passed, the upstream saw %d", gone, passed, n)
 	}
 }
@@ -247,32 +248,32 @@ func checkParked(w *world, tr transcript) {
 // dryRun refuses on paper only.
 func dryRun(w *world) {
 	w.t.Helper()
-	w.configure(edited("R1CAP", "1", "W1CAP", "1", "W1WAIT", "0s", "DRYRUN", "true"))
-	w.eventually("requests without a credit pass", 30*time.Second, func() error {
+	w.Configure(edited("R1CAP", "1", "W1CAP", "1", "W1WAIT", "0s", "DRYRUN", "true"))
+	w.Eventually("requests without a credit pass", 30*time.Second, func() error {
 		for range 4 {
 			for name, target := range map[string]string{"dry-r1": "/hot", "dry-w1": "/p"} {
-				w.wantStatus(name, w.get(name, target), 200)
+				w.wantStatus(name, w.Get(name, target), 200)
 			}
 		}
 		for _, class := range []string{`knhk_class="R1"`, `knhk_class="W1"`} {
-			if w.metric("knhk_decisions_total", class, `knhk_reason="no_credit"`, `knhk_verdict="admit"`) == 0 {
+			if w.Metric("knhk_decisions_total", class, `knhk_reason="no_credit"`, `knhk_verdict="admit"`) == 0 {
 				return fmt.Errorf("none with %s", class)
 			}
 		}
 		return nil
 	})
-	w.wantStatus("dry-rule", w.get("dry-rule", "/celfail"), 200)
-	w.configure(edited())
+	w.wantStatus("dry-rule", w.Get("dry-rule", "/celfail"), 200)
+	w.Configure(edited())
 }
 
-func checkDryRun(w *world, tr transcript) {
+func checkDryRun(w *world, tr audited.Transcript) {
 	w.t.Helper()
 	got := map[string]int{}
 	for _, name := range []string{"dry-r1", "dry-w1", "dry-rule"} {
-		if n := len(tr.byCase[name]); n != len(w.ids[name]) || n != w.reached(name) {
-			w.t.Errorf("%s: %d receipts, %d requests, the upstream saw %d", name, n, len(w.ids[name]), w.reached(name))
+		if n := len(tr.ByCase[name]); n != len(w.IDs[name]) || n != w.Reached(name) {
+			w.t.Errorf("%s: %d receipts, %d requests, the upstream saw %d", name, n, len(w.IDs[name]), w.Reached(name))
 		}
-		for _, e := range tr.byCase[name] {
+		for _, e := range tr.ByCase[name] {
 			got[strings.Replace(e.String(), "| ext_proc", "| als", 1)]++
 		}
 	}

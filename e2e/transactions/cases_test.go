@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/knhk/sidecar/e2e/audited"
 	"github.com/knhk/sidecar/e2e/harness"
 	"github.com/knhk/sidecar/e2e/stack"
 )
@@ -76,7 +77,7 @@ type transaction struct {
 func answers(code int, target string) func(*world, string) {
 	return func(w *world, name string) {
 		w.t.Helper()
-		w.wantStatus(name, w.get(name, target), code)
+		w.wantStatus(name, w.Get(name, target), code)
 	}
 }
 
@@ -102,7 +103,7 @@ var ordinary = []transaction{
 	{name: "class-rule-fails", send: answers(503, "/celfail"),
 		want: []string{"unknown refuse class_rule_error by fails 503 | als local_reply 503 knhk_class_rule_error"}},
 	{name: "head", reached: 1, send: func(w *world, name string) {
-		w.wantStatus(name, w.do(name, harness.Request{Method: "HEAD", Target: "/p/do/bytes/9"}), 200)
+		w.wantStatus(name, w.Send(name, harness.Request{Method: "HEAD", Target: "/p/do/bytes/9"}), 200)
 	}, want: []string{"W1 admit ok by route:pages" + ok200}},
 	{name: "upstream-500", send: answers(500, "/p/do/status/500"), reached: 1,
 		want: []string{"W1 admit ok by route:pages | als complete 500 up=500 via_upstream"}},
@@ -119,32 +120,32 @@ var ordinary = []transaction{
 	{name: "route-timeout", send: answers(504, "/slow/do/never"), reached: 1,
 		want: []string{"W1 admit ok by route:slow | als timeout 504 [UT] response_timeout"}},
 	{name: "client-leaves-before-response", reached: 1, send: func(w *world, name string) {
-		r := harness.Request{Host: name + caseSuffix, Target: "/p/do/never"}
-		if err := harness.AbortBeforeResponse(w.t.Context(), w.Listener, r, w.sentUpstream(name)); err != nil {
+		r := harness.Request{Host: name + audited.CaseSuffix, Target: "/p/do/never"}
+		if err := harness.AbortBeforeResponse(w.t.Context(), w.Listener, r, w.SentUpstream(name)); err != nil {
 			w.t.Error(err)
 		}
 	}, want: []string{"W1 admit ok by route:pages | als client_abort [DC] downstream_remote_disconnect"}},
 	{name: "client-leaves-mid-body", reached: 1, send: func(w *world, name string) {
-		r := harness.Request{Host: name + caseSuffix, Target: "/p/do/drip/2000/20"}
+		r := harness.Request{Host: name + audited.CaseSuffix, Target: "/p/do/drip/2000/20"}
 		if _, err := harness.AbortMidBody(w.t.Context(), w.Listener, r); err != nil {
 			w.t.Error(err)
 		}
 	}, want: []string{"W1 admit ok by route:pages | als client_abort 200 [DC] downstream_remote_disconnect"}},
 	{name: "client-leaves-mid-upload", reached: 1, send: func(w *world, name string) {
-		r := harness.Request{Host: name + caseSuffix, Method: "POST", Target: "/p/do/echo", Body: strings.Repeat("u", 1<<20)}
-		if err := harness.AbortUpload(w.t.Context(), w.Listener, r, 1000, w.sentUpstream(name)); err != nil {
+		r := harness.Request{Host: name + audited.CaseSuffix, Method: "POST", Target: "/p/do/echo", Body: strings.Repeat("u", 1<<20)}
+		if err := harness.AbortUpload(w.t.Context(), w.Listener, r, 1000, w.SentUpstream(name)); err != nil {
 			w.t.Error(err)
 		}
 	}, want: []string{"W1 admit ok by route:pages | als client_abort [DC] downstream_remote_disconnect"}},
 	{name: "chunked-upload-with-trailers", reached: 1, send: func(w *world, name string) {
 		r := harness.Request{Method: "POST", Target: "/p/do/echo", Chunks: []string{"abc", "defg"}, Trailer: map[string]string{"X-Sum": "7"}}
-		e := w.echo(name, w.do(name, r))
+		e := w.echo(name, w.Send(name, r))
 		if e.Body != 7 || e.Trailer.Get("X-Sum") != "7" {
 			w.t.Errorf("%s: the upstream got %+v", name, e)
 		}
 	}, want: []string{"W1 admit ok by route:pages" + ok200}},
 	{name: "response-trailers", reached: 1, send: func(w *world, name string) {
-		resp := w.get(name, "/p/do/trailers")
+		resp := w.Get(name, "/p/do/trailers")
 		if w.wantStatus(name, resp, 200); resp.Trailer.Get("X-Sum") != "1" || len(resp.Trailer["X-Knhk-Receipt"]) > 0 {
 			w.t.Errorf("%s: trailers %v", name, resp.Trailer)
 		}
@@ -153,7 +154,7 @@ var ordinary = []transaction{
 		want: []string{"W1 admit ok by route:pages" + ok200}},
 	{name: "expect-continue", reached: 1, send: func(w *world, name string) {
 		r := harness.Request{Method: "POST", Target: "/p/do/echo", Header: map[string]string{"Expect": "100-continue"}, Body: "12345"}
-		if e := w.echo(name, w.do(name, r)); e.Body != 5 {
+		if e := w.echo(name, w.Send(name, r)); e.Body != 5 {
 			w.t.Errorf("%s: the upstream got %+v", name, e)
 		}
 	}, want: []string{"W1 admit ok by route:pages" + ok200}},
@@ -172,14 +173,15 @@ var ordinary = []transaction{
 	{name: "no-route", send: answers(404, "/nowhere"),
 		want: []string{"W1 admit ok by route:* | als local_reply 404 [NR] route_not_found"}},
 	{name: "options", reached: 1, send: func(w *world, name string) {
-		w.wantStatus(name, w.do(name, harness.Request{Method: "OPTIONS", Target: "/p"}), 200)
+		w.wantStatus(name, w.Send(name, harness.Request{Method: "OPTIONS", Target: "/p"}), 200)
 	}, want: []string{"W1 admit ok by route:pages" + ok200}},
 	{name: "websocket", reached: 1, send: websocketEcho,
 		want: []string{"W1 admit ok by route:ws | als client_abort 101 [DC] downstream_remote_disconnect"}},
 	{name: "connect", send: func(w *world, name string) {
-		c := w.dial()
+		c := w.Dial()
 		defer c.Close()
-		resp, err := c.Do(harness.Request{Method: "CONNECT", Host: name + caseSuffix + ":443", Target: name + caseSuffix + ":443"})
+		authority := name + audited.CaseSuffix + ":443"
+		resp, err := c.Do(harness.Request{Method: "CONNECT", Host: authority, Target: authority})
 		if err != nil {
 			w.t.Fatal(err)
 		}
@@ -207,7 +209,7 @@ func cutMidBody(w *world, name string) {
 	if err := c.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
 		w.t.Fatal(err)
 	}
-	r := harness.Request{Method: "POST", Host: name + caseSuffix, Target: "/p/do/cut/1000", Open: true}
+	r := harness.Request{Method: "POST", Host: name + audited.CaseSuffix, Target: "/p/do/cut/1000", Open: true}
 	if _, err := c.Write(r.Bytes()); err != nil {
 		w.t.Fatal(err)
 	}
@@ -229,11 +231,11 @@ func cutMidBody(w *world, name string) {
 // pipelined sends three requests in one write.
 func pipelined(w *world, name string) {
 	w.t.Helper()
-	c := w.dial()
+	c := w.Dial()
 	defer c.Close()
 	var all []byte
 	for _, target := range []string{"/p/do/status/201", "/hot/do/status/202", "/p/do/status/203"} {
-		all = append(all, harness.Request{Host: name + caseSuffix, Target: target}.Bytes()...)
+		all = append(all, harness.Request{Host: name + audited.CaseSuffix, Target: target}.Bytes()...)
 	}
 	if err := c.Write(all); err != nil {
 		w.t.Fatal(err)
@@ -248,21 +250,21 @@ func pipelined(w *world, name string) {
 }
 
 // play runs every case, waits for the receipts and compares.
-func play(t *testing.T, w *world, list []transaction) transcript {
+func play(t *testing.T, w *world, list []transaction) audited.Transcript {
 	t.Helper()
 	for _, c := range list {
 		c.send(w, c.name)
 	}
-	tr := w.settle()
+	tr := w.Settle()
 	for _, c := range list {
 		t.Run(c.name, func(t *testing.T) {
 			var got, want []string
-			for i, e := range tr.byCase[c.name] {
-				if len(e.outcomes) != 1 {
-					t.Errorf("%d outcomes", len(e.outcomes))
+			for i, e := range tr.ByCase[c.name] {
+				if len(e.Outcomes) != 1 {
+					t.Errorf("%d outcomes", len(e.Outcomes))
 				}
 				got = append(got, e.String())
-				if i < len(c.want) && w.Capture == "full" && e.outcomes[0].Source == "ext_proc" {
+				if i < len(c.want) && w.Capture == "full" && e.Outcomes[0].Source == "ext_proc" {
 					want = append(want, toldByStream(c.want[i]))
 				} else if i < len(c.want) {
 					want = append(want, c.want[i])
@@ -272,12 +274,12 @@ func play(t *testing.T, w *world, list []transaction) transcript {
 			if g, x := strings.Join(got, "\n"), strings.Join(want, "\n"); g != x {
 				t.Errorf("receipts\n%s\nwant\n%s", g, x)
 			}
-			for _, id := range w.ids[c.name] {
-				if known := slices.ContainsFunc(tr.byCase[c.name], func(e *entry) bool { return e.d.ID == id }); known != (len(c.want) > 0) {
+			for _, id := range w.IDs[c.name] {
+				if known := tr.Has(c.name, id); known != (len(c.want) > 0) {
 					t.Errorf("the response said x-knhk-receipt: %q", id)
 				}
 			}
-			if n := w.reached(c.name); n != c.reached {
+			if n := w.Reached(c.name); n != c.reached {
 				t.Errorf("the upstream saw %d requests, want %d", n, c.reached)
 			}
 		})
@@ -294,18 +296,18 @@ func toldByStream(line string) string {
 }
 
 func TestTransactions(t *testing.T) {
-	both(t, func(t *testing.T, capture string) {
+	audited.Both(t, func(t *testing.T, capture string) {
 		w := start(t, stack.Config{YAML: edited(), Capture: capture})
 		play(t, w, slices.Concat(ordinary, protocols, bodies))
 		localReplies(w)
 		pathless(w)
 		flaky(w)
 		redirected(w)
-		if n := w.metric("knhk_outcomes_total", `knhk_source="ext_proc"`); (n > 1) != (capture == "full") {
+		if n := w.Metric("knhk_outcomes_total", `knhk_source="ext_proc"`); (n > 1) != (capture == "full") {
 			t.Errorf("%v outcomes told by ext_proc", n) // in lean capture the one of a client that left before the decision
 		}
-		tr := w.audit()
-		for name := range tr.byCase {
+		tr := w.Audit()
+		for name := range tr.ByCase {
 			if strings.HasPrefix(name, "unreceipted-") {
 				t.Errorf("a receipt for %s", name)
 			}

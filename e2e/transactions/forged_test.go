@@ -5,13 +5,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
 	"go.yaml.in/yaml/v3"
 
 	"github.com/knhk/sidecar/crypto/receipt"
+	"github.com/knhk/sidecar/e2e/audited"
 	"github.com/knhk/sidecar/e2e/harness"
 	"github.com/knhk/sidecar/e2e/stack"
 )
@@ -27,7 +27,7 @@ var forgedHeaders = map[string]string{
 // TestForgedHeaders has clients and upstreams make up headers of ours: nobody ever gets to see them, whoever answers, and
 // whether knhk is there or not.
 func TestForgedHeaders(t *testing.T) {
-	both(t, func(t *testing.T, capture string) {
+	audited.Both(t, func(t *testing.T, capture string) {
 		log := filepath.Join(t.TempDir(), "access.log")
 		w := start(t, stack.Config{YAML: edited("R1CAP", "1"), Capture: capture,
 			EditBootstrap: func(b []byte) []byte { return logHeaders(t, b, log) }})
@@ -35,7 +35,7 @@ func TestForgedHeaders(t *testing.T) {
 		try := func(name string, code int, r harness.Request) {
 			t.Helper()
 			r.Header = forgedHeaders
-			resp := w.do(name, r)
+			resp := w.Send(name, r)
 			w.wantStatus(name, resp, code)
 			if code == 200 && strings.Contains(r.Target, "/do/echo") {
 				echoes++
@@ -54,36 +54,36 @@ func TestForgedHeaders(t *testing.T) {
 		try("forge-503", 503, harness.Request{Target: "/broken"})
 		try("forge-504", 504, harness.Request{Target: "/slow/do/never"})
 		try("forge-rule", 503, harness.Request{Target: "/celfail"})
-		w.until("a hot request is refused", func() bool {
+		w.Until("a hot request is refused", func() bool {
 			r := harness.Request{Target: "/hot", Header: forgedHeaders}
-			resp := w.do("forge-429", r)
+			resp := w.Send("forge-429", r)
 			clean(t, "forge-429", resp)
 			return resp.Status == 429
 		})
-		tr := w.settle()
-		for name, ids := range w.ids {
+		tr := w.Settle()
+		for name, ids := range w.IDs {
 			for _, id := range ids {
-				if known := slices.ContainsFunc(tr.byCase[name], func(e *entry) bool { return e.d.ID == id }); known != (name != "forge-excluded") {
+				if known := tr.Has(name, id); known != (name != "forge-excluded") {
 					t.Errorf("%s: the response said x-knhk-receipt: %q", name, id)
 				}
 			}
 		}
-		if n := w.metric("knhk_outcomes_foreign_total"); n != 0 {
+		if n := w.Metric("knhk_outcomes_foreign_total"); n != 0 {
 			t.Errorf("%v outcomes of unknown receipts: something made up reached the access log", n)
 		}
-		w.kill()
+		w.KillKnhk()
 		for _, target := range []string{"/p/do/echo", "/nowhere"} {
-			r := harness.Request{Host: "forge-dead" + caseSuffix, Target: target, Header: forgedHeaders}
+			r := harness.Request{Host: "forge-dead" + audited.CaseSuffix, Target: target, Header: forgedHeaders}
 			resp, err := w.Do(t.Context(), r)
 			if err != nil || resp.Status != 503 || resp.Header.Get("X-Knhk-Receipt") != "" {
 				t.Fatalf("%s, knhk dead: %v, %v", target, resp, err)
 			}
 			clean(t, "forge-dead", resp)
 		}
-		if n := w.reached("forge-dead"); n != 0 {
+		if n := w.Reached("forge-dead"); n != 0 {
 			t.Errorf("the upstream saw %d requests while knhk was dead", n)
 		}
-		resp, err := w.Do(t.Context(), harness.Request{Host: "forge-gap" + caseSuffix, Target: "/allow/do/echo", Header: forgedHeaders})
+		resp, err := w.Do(t.Context(), harness.Request{Host: "forge-gap" + audited.CaseSuffix, Target: "/allow/do/echo", Header: forgedHeaders})
 		if err != nil || resp.Status != 200 {
 			t.Fatalf("the route allows, knhk dead: %v, %v", resp, err)
 		}
@@ -91,8 +91,8 @@ func TestForgedHeaders(t *testing.T) {
 		if err := w.StartKnhk(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		tr = w.audit()
-		if bytes.Contains(tr.raw, []byte(forgery)) {
+		tr = w.Audit()
+		if bytes.Contains(tr.Raw, []byte(forgery)) {
 			t.Error("a receipt quotes a made-up header")
 		}
 		for _, s := range w.Upstream.Seen() {
@@ -101,10 +101,10 @@ func TestForgedHeaders(t *testing.T) {
 			}
 		}
 		raw, err := os.ReadFile(log)
-		if err != nil || bytes.Count(raw, []byte("\n")) < len(w.ids) {
+		if err != nil || bytes.Count(raw, []byte("\n")) < len(w.IDs) {
 			t.Fatalf("Envoy's access log: %v\n%s", err, raw)
 		}
-		if bytes.Contains(raw, []byte(forgery)) || !bytes.Contains(raw, []byte(tr.byCase["forge-echo"][0].d.ID)) {
+		if bytes.Contains(raw, []byte(forgery)) || !bytes.Contains(raw, []byte(tr.ByCase["forge-echo"][0].Decision.ID)) {
 			t.Errorf("Envoy's access log:\n%s", raw)
 		}
 		if echoes < 3 {

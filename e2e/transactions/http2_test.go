@@ -16,6 +16,7 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
+	"github.com/knhk/sidecar/e2e/audited"
 	"github.com/knhk/sidecar/e2e/stack"
 )
 
@@ -32,7 +33,7 @@ type h2conn struct {
 
 func (w *world) h2conn() *h2conn {
 	w.t.Helper()
-	c := &h2conn{w: w, tcp: w.tcp(), next: 1}
+	c := &h2conn{w: w, tcp: w.TCP(), next: 1}
 	c.out.WriteString(http2.ClientPreface)
 	c.fr = http2.NewFramer(&c.out, c.tcp)
 	c.fr.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
@@ -147,12 +148,12 @@ func parallelStreams(w *world) {
 		})
 	}
 	wg.Wait()
-	list := w.settle().byCase["h2-parallel"]
+	list := w.Settle().ByCase["h2-parallel"]
 	if len(list) != n || len(ids) != n {
 		w.t.Errorf("%d receipts, %d ids for %d streams", len(list), len(ids), n)
 	}
 	for _, e := range list {
-		if !ids[e.d.ID] || len(e.outcomes) != 1 || e.outcomes[0].Result != "complete" {
+		if !ids[e.Decision.ID] || len(e.Outcomes) != 1 || e.Outcomes[0].Result != "complete" {
 			w.t.Errorf("a parallel stream: %v", e)
 		}
 	}
@@ -175,8 +176,8 @@ func resetStreams(w *world) {
 		{"h2-reset-mid-delta", "/delta/do/echo", func(c *h2conn, id uint32) { c.must(c.fr.WriteData(id, false, []byte("abc"))) }, false, 0},
 		{"h2-reset-after-upstream", "/p/do/never", func(c *h2conn, _ uint32) {
 			c.flush()
-			seen := w.reached("h2-reset-after-upstream")
-			w.until("the upstream sees it", func() bool { return w.reached("h2-reset-after-upstream") > seen })
+			seen := w.Reached("h2-reset-after-upstream")
+			w.Until("the upstream sees it", func() bool { return w.Reached("h2-reset-after-upstream") > seen })
 		}, true, n},
 		{"h2-reset-mid-response", "/p/do/drip/2000/20", func(c *h2conn, id uint32) {
 			c.flush()
@@ -184,10 +185,10 @@ func resetStreams(w *world) {
 		}, true, n},
 	} {
 		// Counted where the access log tells of them.
-		before := w.metric("knhk_unreceipted_total", `knhk_kind="client_abort"`)
+		before := w.Metric("knhk_unreceipted_total", `knhk_kind="client_abort"`)
 		c := w.h2conn()
 		for range n {
-			fields := []string{":method", "POST", ":scheme", "http", ":path", m.target, ":authority", m.name + caseSuffix}
+			fields := []string{":method", "POST", ":scheme", "http", ":path", m.target, ":authority", m.name + audited.CaseSuffix}
 			if strings.HasPrefix(m.target, "/delta") {
 				fields = append(fields, "content-length", "100")
 			}
@@ -197,15 +198,15 @@ func resetStreams(w *world) {
 			c.must(c.fr.WriteRSTStream(id, http2.ErrCodeCancel))
 			c.flush()
 		}
-		var list []*entry
-		w.eventually(m.name+": every stream is accounted for", 20*time.Second, func() error {
-			all, err := w.metrics()
+		var list []*audited.Entry
+		w.Eventually(m.name+": every stream is accounted for", 20*time.Second, func() error {
+			all, err := w.Metrics()
 			if err != nil {
 				return err
 			}
-			list = w.settle().byCase[m.name]
+			list = w.Settle().ByCase[m.name]
 			// A decision whose answer Envoy no longer took is in both: its entry in the access log has no id.
-			if k := int(all.sum("knhk_unreceipted_total", `knhk_kind="client_abort"`) - before); len(list)+k < n || len(list) > n || k > n {
+			if k := int(all.Sum("knhk_unreceipted_total", `knhk_kind="client_abort"`) - before); len(list)+k < n || len(list) > n || k > n {
 				return fmt.Errorf("%d streams: %d receipts, %d entries without", n, len(list), k)
 			}
 			return nil
@@ -213,12 +214,12 @@ func resetStreams(w *world) {
 		c.tcp.Close()
 		results := []string{"client_abort", "aborted"}
 		for _, e := range list {
-			if len(e.outcomes) != 1 || !slices.Contains(results, e.outcomes[0].Result) {
+			if len(e.Outcomes) != 1 || !slices.Contains(results, e.Outcomes[0].Result) {
 				w.t.Errorf("%s: %v", m.name, e)
 			}
 		}
-		if m.decided && len(list) != n || w.reached(m.name) < m.reached || w.reached(m.name) > len(list) {
-			w.t.Errorf("%s: %d receipts, the upstream saw %d", m.name, len(list), w.reached(m.name))
+		if m.decided && len(list) != n || w.Reached(m.name) < m.reached || w.Reached(m.name) > len(list) {
+			w.t.Errorf("%s: %d receipts, the upstream saw %d", m.name, len(list), w.Reached(m.name))
 		}
 		w.t.Logf("%s: %d of %d had been decided", m.name, len(list), n)
 	}
@@ -229,8 +230,8 @@ func resetStreams(w *world) {
 func withoutAuthority(w *world) {
 	w.t.Helper()
 	const name = "h2-host-header"
-	for _, host := range []string{name + caseSuffix, ""} {
-		before, seen := w.metric("knhk_unreceipted_total"), len(w.Upstream.Seen())
+	for _, host := range []string{name + audited.CaseSuffix, ""} {
+		before, seen := w.Metric("knhk_unreceipted_total"), len(w.Upstream.Seen())
 		c := w.h2conn()
 		fields := []string{":method", "GET", ":scheme", "http", ":path", "/p"}
 		if host != "" {
@@ -245,11 +246,11 @@ func withoutAuthority(w *world) {
 			w.t.Errorf("host %q without :authority: %s, receipt %q, upstream %v", host, status, receipt, reached)
 		}
 		if !reached {
-			w.awaitMetric(before+1, "knhk_unreceipted_total")
+			w.AwaitMetric(before+1, "knhk_unreceipted_total")
 		}
 		w.t.Logf("host %q without :authority: %s", host, status)
 	}
-	if got, n := w.settle().byCase[name], w.reached(name); len(got) != n || n > 0 && got[0].String() != pages200 {
+	if got, n := w.Settle().ByCase[name], w.Reached(name); len(got) != n || n > 0 && got[0].String() != pages200 {
 		w.t.Errorf("%s: %v", name, got)
 	}
 }
@@ -260,39 +261,39 @@ func oddHTTP2(w *world) {
 	const name = "h2-odd"
 	c := w.h2conn()
 	defer c.tcp.Close()
-	id := c.open(true, ":method", "GET", ":scheme", "http", ":path", "/p", ":authority", name+caseSuffix,
+	id := c.open(true, ":method", "GET", ":scheme", "http", ":path", "/p", ":authority", name+audited.CaseSuffix,
 		"x-odd", obsText, "x-request-id", obsText, "content-type", obsText, "x-forwarded-for", obsText)
 	c.flush()
 	if status, receipt, _ := c.answer(id); status != "200" || receipt == "" {
 		w.t.Errorf("%s: %s, receipt %q", name, status, receipt)
 	}
-	if got := w.settle().byCase[name]; len(got) != 1 || got[0].String() != pages200 {
+	if got := w.Settle().ByCase[name]; len(got) != 1 || got[0].String() != pages200 {
 		w.t.Errorf("%s: %v", name, got)
 	}
 	// Where Envoy takes such a path, what was decided about is what the upstream gets; where it does not, nobody gets it.
-	seen := w.reached(name)
-	id = c.open(true, ":method", "GET", ":scheme", "http", ":path", "/p/"+obsText, ":authority", name+caseSuffix)
+	seen := w.Reached(name)
+	id = c.open(true, ":method", "GET", ":scheme", "http", ":path", "/p/"+obsText, ":authority", name+audited.CaseSuffix)
 	c.flush()
 	status, receipt, _ := c.answer(id)
-	if reached := w.reached(name) > seen; reached != (receipt != "") || reached != (status == "200") {
+	if reached := w.Reached(name) > seen; reached != (receipt != "") || reached != (status == "200") {
 		w.t.Errorf("%s: path in obs-text: %s, receipt %q, upstream %v", name, status, receipt, reached)
 	}
 	w.t.Logf("path in obs-text: %s, receipt %q", status, receipt)
 }
 
 func TestHTTP2(t *testing.T) {
-	both(t, func(t *testing.T, capture string) {
+	audited.Both(t, func(t *testing.T, capture string) {
 		w := start(t, stack.Config{YAML: edited(), Capture: capture})
 		parallelStreams(w)
 		resetStreams(w)
 		withoutAuthority(w)
 		oddHTTP2(w)
 		for _, kind := range []string{"panic", "malformed", "unexpected"} {
-			if n := w.metric("knhk_extproc_events_total", fmt.Sprintf("knhk_event=%q", kind)); n != 0 {
+			if n := w.Metric("knhk_extproc_events_total", fmt.Sprintf("knhk_event=%q", kind)); n != 0 {
 				t.Errorf("%v ext_proc events %s", n, kind)
 			}
 		}
-		w.audit()
+		w.Audit()
 	})
 }
 
@@ -325,13 +326,13 @@ func tunnels(t *testing.T, bootstrap []byte) []byte {
 // TestConnect sends CONNECT, which has no :path, over HTTP/1.1 and HTTP/2, to the generated configuration, which has no route for
 // it, and to one that opens tunnels: each is decided once, or is answered by Envoy and reaches nobody.
 func TestConnect(t *testing.T) {
-	both(t, func(t *testing.T, capture string) {
+	audited.Both(t, func(t *testing.T, capture string) {
 		w := start(t, stack.Config{YAML: edited(), Capture: capture})
 		none := []string{"W1 admit ok by route:* | als local_reply 404 [NR] route_not_found"}
 		play(t, w, []transaction{{name: "connect-h2", want: none, send: func(w *world, name string) {
 			c := w.h2conn()
 			defer c.tcp.Close()
-			id := c.open(false, ":method", "CONNECT", ":authority", name+caseSuffix+":443")
+			id := c.open(false, ":method", "CONNECT", ":authority", name+audited.CaseSuffix+":443")
 			c.flush()
 			if status, _, _ := c.answer(id); status != "404" {
 				w.t.Errorf("%s: %s", name, status)
@@ -340,21 +341,21 @@ func TestConnect(t *testing.T) {
 		if n := len(w.Upstream.Seen()); n != 0 {
 			t.Errorf("the upstream saw %d requests", n)
 		}
-		w.audit()
+		w.Audit()
 	})
 }
 
 func TestTunnels(t *testing.T) {
-	both(t, func(t *testing.T, capture string) {
+	audited.Both(t, func(t *testing.T, capture string) {
 		w := start(t, stack.Config{YAML: edited(), Capture: capture, EditBootstrap: func(b []byte) []byte { return tunnels(t, b) }})
 		inner := []byte("GET /hot/do/bytes/5000 HTTP/1.1\r\nHost: inside\r\nConnection: close\r\n\r\n")
 		// Each opens a tunnel, speaks to the upstream through it and leaves.
 		play(t, w, []transaction{
 			{name: "tunnel-http1", want: []string{"W1 admit ok by route:*" + ok200},
 				send: func(w *world, name string) {
-					c := w.tcp()
+					c := w.TCP()
 					defer c.Close()
-					authority := name + caseSuffix + ":443"
+					authority := name + audited.CaseSuffix + ":443"
 					_, err := io.WriteString(c, "CONNECT "+authority+" HTTP/1.1\r\nHost: "+authority+"\r\n\r\n")
 					if err == nil {
 						_, err = c.Write(inner)
@@ -370,11 +371,11 @@ func TestTunnels(t *testing.T) {
 			{name: "tunnel-http2", want: []string{"W1 admit ok by route:*" + ok200}, send: func(w *world, name string) {
 				c := w.h2conn()
 				defer c.tcp.Close()
-				id := c.open(false, ":method", "CONNECT", ":authority", name+caseSuffix+":443")
+				id := c.open(false, ":method", "CONNECT", ":authority", name+audited.CaseSuffix+":443")
 				c.must(c.fr.WriteData(id, false, inner))
 				c.flush()
 				status, receipt, body := c.answer(id)
-				w.ids[name] = append(w.ids[name], receipt)
+				w.IDs[name] = append(w.IDs[name], receipt)
 				if status != "200" || len(body) < 5000 {
 					w.t.Errorf("%s: %s, %d bytes", name, status, len(body))
 				}
@@ -392,7 +393,7 @@ func TestTunnels(t *testing.T) {
 		// A websocket over HTTP/2 has a path and is decided about like any other.
 		c := w.h2conn()
 		id := c.open(false, ":method", "CONNECT", ":protocol", "websocket", ":scheme", "http", ":path", "/ws/do/ws",
-			":authority", "h2-websocket"+caseSuffix, "origin", "http://h2-websocket"+caseSuffix, "sec-websocket-version", "13", "sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
+			":authority", "h2-websocket"+audited.CaseSuffix, "origin", "http://h2-websocket"+audited.CaseSuffix, "sec-websocket-version", "13", "sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
 		c.flush()
 		c.until(func(f http2.Frame) bool {
 			m, ok := f.(*http2.MetaHeadersFrame)
@@ -403,10 +404,10 @@ func TestTunnels(t *testing.T) {
 		})
 		c.must(c.fr.WriteRSTStream(id, http2.ErrCodeCancel))
 		c.flush()
-		w.until("its outcome is told", func() bool { return w.metric("knhk_receipts_pending") == 0 })
+		w.Until("its outcome is told", func() bool { return w.Metric("knhk_receipts_pending") == 0 })
 		c.tcp.Close()
-		tr := w.audit()
-		if got := tr.byCase["h2-websocket"]; len(got) != 1 || got[0].outcomes[0].Result != "client_abort" {
+		tr := w.Audit()
+		if got := tr.ByCase["h2-websocket"]; len(got) != 1 || got[0].Outcomes[0].Result != "client_abort" {
 			t.Errorf("websocket over HTTP/2: %v", got)
 		}
 	})
@@ -415,7 +416,7 @@ func TestTunnels(t *testing.T) {
 // TestLongWebsocket keeps a websocket open: while it is, its decision stands and its outcome is pending; when it is closed, the
 // outcome says how many bytes went through, over the whole time.
 func TestLongWebsocket(t *testing.T) {
-	both(t, func(t *testing.T, capture string) {
+	audited.Both(t, func(t *testing.T, capture string) {
 		w := start(t, stack.Config{YAML: edited(), Capture: capture})
 		const name, size = "long-websocket", 200 << 10
 		ws, tcp := openWebsocket(w, name)
@@ -430,10 +431,10 @@ func TestLongWebsocket(t *testing.T) {
 		}
 		// Sealed without an outcome, though others have come and gone.
 		for range 3 {
-			w.wantStatus("beside", w.get("beside", "/p"), http.StatusOK)
+			w.wantStatus("beside", w.Get("beside", "/p"), http.StatusOK)
 		}
-		w.until("only the websocket is pending", func() bool { return w.metric("knhk_receipts_pending") == 1 })
-		w.eventually("sealed", 20*time.Second, func() error {
+		w.Until("only the websocket is pending", func() bool { return w.Metric("knhk_receipts_pending") == 1 })
+		w.Eventually("sealed", 20*time.Second, func() error {
 			list, err := w.List(t.Context(), 10)
 			if err != nil {
 				return err
@@ -446,12 +447,12 @@ func TestLongWebsocket(t *testing.T) {
 			return fmt.Errorf("%+v", list)
 		})
 		tcp.Close()
-		tr := w.audit()
-		list := tr.byCase[name]
-		if len(list) != 1 || len(list[0].outcomes) != 1 {
+		tr := w.Audit()
+		list := tr.ByCase[name]
+		if len(list) != 1 || len(list[0].Outcomes) != 1 {
 			t.Fatalf("%v", list)
 		}
-		o := list[0].outcomes[0]
+		o := list[0].Outcomes[0]
 		if o.Status != 101 || o.Source == "als" && (o.BytesIn < size || o.BytesOut < size) {
 			t.Errorf("%v: %d bytes in, %d out", list[0], o.BytesIn, o.BytesOut)
 		}

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
+	"github.com/knhk/sidecar/e2e/audited"
 	"github.com/knhk/sidecar/e2e/harness"
 )
 
@@ -40,9 +41,9 @@ func localReplies(w *world) {
 		{"excluded", harness.Request{Target: "/healthz"}, 200, "excluded", false},
 	} {
 		label := fmt.Sprintf("knhk_kind=%q", c.kind)
-		before := w.metric("knhk_unreceipted_total", label)
+		before := w.Metric("knhk_unreceipted_total", label)
 		if c.send.Host == "" {
-			c.send.Host = "unreceipted-" + c.name + caseSuffix
+			c.send.Host = "unreceipted-" + c.name + audited.CaseSuffix
 		}
 		resp, err := w.Do(w.t.Context(), c.send)
 		switch {
@@ -53,15 +54,15 @@ func localReplies(w *world) {
 				w.t.Errorf("%s: %v", c.name, resp.Header)
 			}
 		}
-		w.awaitMetric(before+1, "knhk_unreceipted_total", label)
-		if n := w.metric("knhk_unreceipted_total", label); n != before+1 {
+		w.AwaitMetric(before+1, "knhk_unreceipted_total", label)
+		if n := w.Metric("knhk_unreceipted_total", label); n != before+1 {
 			w.t.Errorf("%s: counted %v times", c.name, n-before)
 		}
 	}
-	if n := w.metric("knhk_gaps_total"); n != 0 {
+	if n := w.Metric("knhk_gaps_total"); n != 0 {
 		w.t.Errorf("%v gaps", n)
 	}
-	if n := w.metric("knhk_unreceipted_total", `knhk_kind="other"`); n != 0 {
+	if n := w.Metric("knhk_unreceipted_total", `knhk_kind="other"`); n != 0 {
 		w.t.Errorf("%v unreceipted transactions without a name", n)
 	}
 }
@@ -71,17 +72,17 @@ func flaky(w *world) {
 	w.t.Helper()
 	for i := range 2 {
 		name := fmt.Sprintf("flaky-%d", i)
-		w.wantStatus(name, w.get(name, "/flaky/do/bytes/1"), 200)
+		w.wantStatus(name, w.Get(name, "/flaky/do/bytes/1"), 200)
 	}
-	tr := w.settle()
+	tr := w.Settle()
 	attempts := uint32(0)
 	for i := range 2 {
-		list := tr.byCase[fmt.Sprintf("flaky-%d", i)]
-		if len(list) != 1 || len(list[0].outcomes) != 1 || list[0].outcomes[0].Result != "complete" {
+		list := tr.ByCase[fmt.Sprintf("flaky-%d", i)]
+		if len(list) != 1 || len(list[0].Outcomes) != 1 || list[0].Outcomes[0].Result != "complete" {
 			w.t.Errorf("flaky-%d: %v", i, list)
 			continue
 		}
-		attempts = max(attempts, list[0].outcomes[0].Attempts)
+		attempts = max(attempts, list[0].Outcomes[0].Attempts)
 	}
 	if attempts != 2 {
 		w.t.Errorf("at most %d attempts, want 2", attempts)
@@ -92,21 +93,21 @@ func flaky(w *world) {
 func redirected(w *world) {
 	w.t.Helper()
 	name := "redirect-by-request-id"
-	w.wantStatus(name, w.get(name, "/hop/do/redirect/302/hot/do/bytes/5"), 200)
+	w.wantStatus(name, w.Get(name, "/hop/do/redirect/302/hot/do/bytes/5"), 200)
 	seen := w.Upstream.Seen()
 	id := seen[len(seen)-1].RequestID
-	tr := w.settle()
+	tr := w.Settle()
 	list, err := w.List(w.t.Context(), 10, "--request-id", id)
-	if err != nil || len(list) != 2 || len(tr.byCase[name]) != 2 {
-		w.t.Fatalf("x-request-id %s: %d receipts listed, %d exported, %v", id, len(list), len(tr.byCase[name]), err)
+	if err != nil || len(list) != 2 || len(tr.ByCase[name]) != 2 {
+		w.t.Fatalf("x-request-id %s: %d receipts listed, %d exported, %v", id, len(list), len(tr.ByCase[name]), err)
 	}
-	for i, e := range tr.byCase[name] {
-		if e.evidence["request_id"] != id || list[1-i].ID != e.d.ID {
-			w.t.Errorf("receipt %d: %v, listed %v", i, e.evidence, list[1-i])
+	for i, e := range tr.ByCase[name] {
+		if e.Evidence["request_id"] != id || list[1-i].ID != e.Decision.ID {
+			w.t.Errorf("receipt %d: %v, listed %v", i, e.Evidence, list[1-i])
 		}
 	}
-	if !strings.HasPrefix(tr.byCase[name][1].evidence["path"], "/hot/") {
-		w.t.Errorf("the second transaction is about %v", tr.byCase[name][1].evidence)
+	if !strings.HasPrefix(tr.ByCase[name][1].Evidence["path"], "/hot/") {
+		w.t.Errorf("the second transaction is about %v", tr.ByCase[name][1].Evidence)
 	}
 }
 
@@ -115,12 +116,12 @@ func redirected(w *world) {
 func pathless(w *world) {
 	w.t.Helper()
 	const label = `knhk_kind="protocol_error"`
-	before, seen := w.metric("knhk_unreceipted_total", label), len(w.Upstream.Seen())
-	tcp := w.tcp()
+	before, seen := w.Metric("knhk_unreceipted_total", label), len(w.Upstream.Seen())
+	tcp := w.TCP()
 	defer tcp.Close()
 	var head bytes.Buffer
 	enc := hpack.NewEncoder(&head)
-	for _, f := range [][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", "unreceipted-pathless" + caseSuffix}} {
+	for _, f := range [][2]string{{":method", "GET"}, {":scheme", "http"}, {":authority", "unreceipted-pathless" + audited.CaseSuffix}} {
 		if err := enc.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}); err != nil {
 			w.t.Fatal(err)
 		}
@@ -152,7 +153,7 @@ func pathless(w *world) {
 			ended = f.StreamEnded()
 		}
 	}
-	w.awaitMetric(before+1, "knhk_unreceipted_total", label)
+	w.AwaitMetric(before+1, "knhk_unreceipted_total", label)
 	if n := len(w.Upstream.Seen()); n != seen {
 		w.t.Errorf("the upstream saw %d requests without :path", n-seen)
 	}

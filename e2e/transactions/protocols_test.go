@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/interop/grpc_testing"
 	"google.golang.org/grpc/status"
 
+	"github.com/knhk/sidecar/e2e/audited"
 	"github.com/knhk/sidecar/e2e/harness"
 )
 
@@ -102,7 +103,7 @@ var protocols = []transaction{
 		ctx, cancel := context.WithCancel(w.t.Context())
 		defer cancel()
 		go func() {
-			for ctx.Err() == nil && w.reached(name) == 0 {
+			for ctx.Err() == nil && w.Reached(name) == 0 {
 				time.Sleep(5 * time.Millisecond)
 			}
 			cancel()
@@ -119,7 +120,7 @@ var protocols = []transaction{
 func withGRPC(w *world, name string, call func(context.Context, grpc_testing.TestServiceClient) error) {
 	w.t.Helper()
 	conn, err := grpc.NewClient("passthrough:///"+w.Listener, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithAuthority(name+caseSuffix), grpc.WithNoProxy())
+		grpc.WithAuthority(name+audited.CaseSuffix), grpc.WithNoProxy())
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -144,15 +145,15 @@ func h2Request(w *world, name, method, target string, body io.Reader) *http.Requ
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	r.Host = name + caseSuffix
+	r.Host = name + audited.CaseSuffix
 	return r
 }
 
 // openWebsocket opens a websocket to the echo, and the connection under it: closing that one leaves without a word.
 func openWebsocket(w *world, name string) (*websocket.Conn, net.Conn) {
 	w.t.Helper()
-	tcp := w.tcp()
-	at := &url.URL{Scheme: "ws", Host: name + caseSuffix, Path: "/ws/do/ws"}
+	tcp := w.TCP()
+	at := &url.URL{Scheme: "ws", Host: name + audited.CaseSuffix, Path: "/ws/do/ws"}
 	c, err := websocket.NewClient(&websocket.Config{Location: at, Origin: &url.URL{Scheme: "http", Host: at.Host}, Version: 13}, tcp)
 	if err != nil {
 		w.t.Fatal(err)
@@ -236,7 +237,7 @@ func delta(r harness.Request) func(*world, string) {
 		for _, c := range r.Chunks {
 			want += len(c)
 		}
-		if e := w.echo(name, w.do(name, r)); e.Body != int64(want) {
+		if e := w.echo(name, w.Send(name, r)); e.Body != int64(want) {
 			w.t.Errorf("%s: %d bytes arrived of %d", name, e.Body, want)
 		}
 	}
@@ -251,10 +252,10 @@ func leaveMidDelta(w *world, name string) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	abandoned := w.metric("knhk_extproc_events_total", `knhk_event="abandoned"`)
-	r := harness.Request{Method: "POST", Host: name + caseSuffix, Target: "/delta/do/echo", Body: padded(4 << 10)}
+	abandoned := w.Metric("knhk_extproc_events_total", `knhk_event="abandoned"`)
+	r := harness.Request{Method: "POST", Host: name + audited.CaseSuffix, Target: "/delta/do/echo", Body: padded(4 << 10)}
 	if err := harness.AbortUpload(w.t.Context(), w.Listener, r, 1000, func() error {
-		w.until("Envoy has the answer to the headers", func() bool {
+		w.Until("Envoy has the answer to the headers", func() bool {
 			n, err := w.Envoy.Stat(w.t.Context(), extProcReplies)
 			return err == nil && n > before
 		})
@@ -262,5 +263,5 @@ func leaveMidDelta(w *world, name string) {
 	}); err != nil {
 		w.t.Error(err)
 	}
-	w.awaitMetric(abandoned+1, "knhk_extproc_events_total", `knhk_event="abandoned"`)
+	w.AwaitMetric(abandoned+1, "knhk_extproc_events_total", `knhk_event="abandoned"`)
 }

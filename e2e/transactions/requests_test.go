@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/knhk/sidecar/e2e/audited"
 	"github.com/knhk/sidecar/e2e/harness"
 	"github.com/knhk/sidecar/e2e/stack"
 )
@@ -23,7 +24,7 @@ var unusual = []transaction{
 	{name: "large-headers", reached: 1, send: func(w *world, name string) {
 		r := harness.OversizedHeaders(58)
 		r.Target = "/p"
-		w.wantStatus(name, w.do(name, r), 200)
+		w.wantStatus(name, w.Send(name, r), 200)
 	}, want: []string{pages200}},
 	{name: "large-path", reached: 1, send: answers(200, "/p?"+strings.Repeat("q", 57<<10)), want: []string{pages200}},
 	{name: "many-headers", reached: 1, send: func(w *world, name string) {
@@ -31,25 +32,25 @@ var unusual = []transaction{
 		for i := range 80 {
 			h[fmt.Sprintf("X-Many-%d", i)] = strings.Repeat("m", 600)
 		}
-		w.wantStatus(name, w.do(name, harness.Request{Target: "/p", Header: h}), 200)
+		w.wantStatus(name, w.Send(name, harness.Request{Target: "/p", Header: h}), 200)
 	}, want: []string{pages200}},
 	{name: "obs-text-values", reached: 1, send: func(w *world, name string) {
 		h := map[string]string{"X-Odd": obsText, "Content-Type": obsText, "X-Request-Id": obsText, "Cookie": obsText, "User-Agent": obsText,
 			"Referer": obsText, "X-Forwarded-For": obsText, "Traceparent": obsText}
-		e := w.echo(name, w.do(name, harness.Request{Target: "/p/do/echo", Header: h}))
+		e := w.echo(name, w.Send(name, harness.Request{Target: "/p/do/echo", Header: h}))
 		if e.Header.Get("User-Agent") == "" {
 			w.t.Errorf("%s: the upstream got %v", name, e.Header)
 		}
 	}, want: []string{pages200}},
 	{name: "encoded-obs-text-path", reached: 1, send: answers(200, "/p/%e9%ff%80?%ff=%80"), want: []string{pages200}},
 	{name: "obs-text-by-upstream", reached: 1, send: func(w *world, name string) {
-		resp := w.get(name, "/p/do/odd")
+		resp := w.Get(name, "/p/do/odd")
 		if w.wantStatus(name, resp, 200); resp.Header.Get("X-Odd") != obsText || len(resp.Header["X-Twice"]) != 2 {
 			w.t.Errorf("%s: %v", name, resp.Header)
 		}
 	}, want: []string{pages200}},
 	{name: "said-twice", reached: 1, send: func(w *world, name string) {
-		resp := w.raw(name, "POST", "POST /p/do/echo HTTP/1.1\r\nHost: "+name+caseSuffix+"\r\nX-Request-Id: a\r\nX-Request-Id: b\r\n"+
+		resp := w.raw(name, "POST", "POST /p/do/echo HTTP/1.1\r\nHost: "+name+audited.CaseSuffix+"\r\nX-Request-Id: a\r\nX-Request-Id: b\r\n"+
 			"Content-Type: text/a\r\nContent-Type: text/b\r\nX-Forwarded-Host: c\r\nX-Forwarded-Host: d\r\nX-Forwarded-For: 1.2.3.4\r\n"+
 			"X-Forwarded-For: 5.6.7.8\r\nX-Knhk-Receipt: e\r\nX-Knhk-Receipt: f\r\nAge: 1\r\nAge: 2\r\nContent-Length: 2\r\n\r\nhi")
 		if e := w.echo(name, resp); e.Body != 2 || len(e.Header["X-Request-Id"]) != 1 || len(e.Header["X-Knhk-Receipt"]) != 0 {
@@ -57,13 +58,13 @@ var unusual = []transaction{
 		}
 	}, want: []string{pages200}},
 	{name: "trailers-both-ways", reached: 1, send: func(w *world, name string) {
-		resp := w.do(name, harness.Request{Method: "POST", Target: "/p/do/trailers", Chunks: []string{"a"}, Trailer: map[string]string{"X-Sum": "1"}})
+		resp := w.Send(name, harness.Request{Method: "POST", Target: "/p/do/trailers", Chunks: []string{"a"}, Trailer: map[string]string{"X-Sum": "1"}})
 		if w.wantStatus(name, resp, 200); resp.Trailer.Get("X-Sum") != "1" {
 			w.t.Errorf("%s: trailers %v", name, resp.Trailer)
 		}
 	}, want: []string{pages200}},
 	{name: "head-404", reached: 1, send: func(w *world, name string) {
-		w.wantStatus(name, w.do(name, harness.Request{Method: "HEAD", Target: "/p/do/status/404"}), 404)
+		w.wantStatus(name, w.Send(name, harness.Request{Method: "HEAD", Target: "/p/do/status/404"}), 404)
 	}, want: []string{"W1 admit ok by route:pages | als complete 404 up=404 via_upstream"}},
 	{name: "status-204", reached: 1, send: answers(204, "/p/do/status/204"),
 		want: []string{"W1 admit ok by route:pages | als complete 204 up=204 via_upstream"}},
@@ -71,9 +72,9 @@ var unusual = []transaction{
 		want: []string{"W1 admit ok by route:pages | als complete 304 up=304 via_upstream"}},
 	// The client keeps its body back until it is told to go on.
 	{name: "continue-awaited", reached: 1, send: func(w *world, name string) {
-		c := w.dial()
+		c := w.Dial()
 		defer c.Close()
-		w.send(c, "POST /p/do/echo HTTP/1.1\r\nHost: "+name+caseSuffix+"\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+		w.send(c, "POST /p/do/echo HTTP/1.1\r\nHost: "+name+audited.CaseSuffix+"\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
 		if resp, err := c.ReadHead("POST"); err != nil || resp.Status != 100 {
 			w.t.Fatalf("%s: %v, %v", name, resp, err)
 		}
@@ -83,9 +84,9 @@ var unusual = []transaction{
 		}
 	}, want: []string{pages200}},
 	{name: "pipelined-mixed", reached: 3, send: func(w *world, name string) {
-		c := w.dial()
+		c := w.Dial()
 		defer c.Close()
-		host := name + caseSuffix
+		host := name + audited.CaseSuffix
 		w.send(c, string(bytes.Join([][]byte{
 			harness.Request{Host: host, Target: "/hot/do/echo", Method: "POST", Body: "12345"}.Bytes(),
 			harness.Request{Host: host, Target: "/nowhere"}.Bytes(),
@@ -100,24 +101,24 @@ var unusual = []transaction{
 		}
 	}, want: []string{"R1 admit ok by route:hot" + ok200, "W1 admit ok by route:* | als local_reply 404 [NR] route_not_found", pages200, pages200}},
 	{name: "upstream-resets-mid-upload", reached: 1, send: func(w *world, name string) {
-		c := w.dial()
+		c := w.Dial()
 		defer c.Close()
-		w.send(c, string(harness.Request{Host: name + caseSuffix, Method: "POST", Target: "/p/do/reset", Chunks: []string{"abc"}, Open: true}.Bytes()))
+		w.send(c, string(harness.Request{Host: name + audited.CaseSuffix, Method: "POST", Target: "/p/do/reset", Chunks: []string{"abc"}, Open: true}.Bytes()))
 		w.wantStatus(name, w.read(c, name, "POST"), 503)
 	}, want: []string{"W1 admit ok by route:pages | als upstream 503 [UC] upstream_reset_before_response_started"}},
 	// The upstream answers while the client is still sending.
 	{name: "answered-mid-upload", reached: 1, send: func(w *world, name string) {
-		c := w.dial()
+		c := w.Dial()
 		defer c.Close()
-		w.send(c, string(harness.Request{Host: name + caseSuffix, Method: "POST", Target: "/p/do/hasty/400", Chunks: []string{"abc"}, Open: true}.Bytes()))
+		w.send(c, string(harness.Request{Host: name + audited.CaseSuffix, Method: "POST", Target: "/p/do/hasty/400", Chunks: []string{"abc"}, Open: true}.Bytes()))
 		w.wantStatus(name, w.read(c, name, "POST"), 400)
 	}, want: []string{"W1 admit ok by route:pages | als complete 400 up=400 via_upstream"}},
 	// Envoy joins them or takes one: what is decided about is what the upstream gets.
 	{name: "host-twice", reached: 1, send: func(w *world, name string) {
-		w.wantStatus(name, w.raw(name, "GET", "GET /p HTTP/1.1\r\nHost: "+name+caseSuffix+"\r\nHost: other\r\n\r\n"), 200)
+		w.wantStatus(name, w.raw(name, "GET", "GET /p HTTP/1.1\r\nHost: "+name+audited.CaseSuffix+"\r\nHost: other\r\n\r\n"), 200)
 	}, want: []string{pages200}},
 	{name: "absolute-target", reached: 1, send: func(w *world, name string) {
-		w.wantStatus(name, w.raw(name, "GET", "GET http://"+name+caseSuffix+"/p HTTP/1.1\r\nHost: other\r\n\r\n"), 200)
+		w.wantStatus(name, w.raw(name, "GET", "GET http://"+name+audited.CaseSuffix+"/p HTTP/1.1\r\nHost: other\r\n\r\n"), 200)
 	}, want: []string{pages200}},
 	{name: "http2-head", reached: 1, send: func(w *world, name string) {
 		c := h2(w)
@@ -181,8 +182,8 @@ func ambiguous(w *world) {
 	w.t.Helper()
 	seen := len(w.Upstream.Seen())
 	for _, c := range refusedByEnvoy {
-		conn := w.dial()
-		w.send(conn, strings.ReplaceAll(c.request, "HOST", "unreceipted-"+c.name+caseSuffix))
+		conn := w.Dial()
+		w.send(conn, strings.ReplaceAll(c.request, "HOST", "unreceipted-"+c.name+audited.CaseSuffix))
 		resp, err := conn.Read("GET") // in full capture the codec may close the connection before the answer is back from ext_proc
 		if err == nil && (resp.Status < 400 || resp.Header.Get("X-Knhk-Receipt") != "") {
 			w.t.Errorf("%s: %d %v", c.name, resp.Status, resp.Header)
@@ -208,14 +209,14 @@ func (w *world) read(c *harness.Conn, name, method string) *harness.Response {
 	if err != nil {
 		w.t.Fatalf("%s: %v", name, err)
 	}
-	w.ids[name] = append(w.ids[name], resp.Header.Get("X-Knhk-Receipt"))
+	w.IDs[name] = append(w.IDs[name], resp.Header.Get("X-Knhk-Receipt"))
 	return resp
 }
 
 // raw sends bytes on a connection of their own and reads the response.
 func (w *world) raw(name, method, request string) *harness.Response {
 	w.t.Helper()
-	c := w.dial()
+	c := w.Dial()
 	defer c.Close()
 	w.send(c, request)
 	return w.read(c, name, method)
@@ -230,29 +231,29 @@ func twoHops() string {
 // TestUnusualRequests sends what clients really send, however odd: one receipt each, with the right outcome, or an answer of
 // Envoy's own and nothing at the upstream.
 func TestUnusualRequests(t *testing.T) {
-	both(t, func(t *testing.T, capture string) {
+	audited.Both(t, func(t *testing.T, capture string) {
 		w := start(t, stack.Config{YAML: twoHops(), Capture: capture})
 		play(t, w, unusual)
 		ambiguous(w)
 		for _, kind := range []string{"panic", "malformed", "unexpected"} {
-			if n := w.metric("knhk_extproc_events_total", fmt.Sprintf("knhk_event=%q", kind)); n != 0 {
+			if n := w.Metric("knhk_extproc_events_total", fmt.Sprintf("knhk_event=%q", kind)); n != 0 {
 				t.Errorf("%v ext_proc events %s", n, kind)
 			}
 		}
-		if n := w.metric("knhk_unreceipted_total", `knhk_kind="other"`); n != 0 {
+		if n := w.Metric("knhk_unreceipted_total", `knhk_kind="other"`); n != 0 {
 			t.Errorf("%v unreceipted transactions without a name", n)
 		}
-		tr := w.audit()
+		tr := w.Audit()
 		host := ""
 		for _, s := range w.Upstream.Seen() {
 			if strings.HasPrefix(s.Host, "host-twice") {
 				host = s.Host
 			}
 		}
-		if twice := tr.byCase["host-twice"]; len(twice) != 1 || twice[0].evidence["authority"] != host {
+		if twice := tr.ByCase["host-twice"]; len(twice) != 1 || twice[0].Evidence["authority"] != host {
 			t.Errorf("decided about %v, the upstream got %q", twice, host)
 		}
-		for name := range tr.byCase {
+		for name := range tr.ByCase {
 			if strings.HasPrefix(name, "unreceipted-") {
 				t.Errorf("a receipt for %s", name)
 			}

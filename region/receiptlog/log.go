@@ -91,6 +91,7 @@ type Log struct {
 	store       *store
 	wal         *wal.WAL
 	clock       *clock
+	before      time.Time // of the last block before Open
 	identity    note.Signer
 	daily       *dailySigner
 	rotateMu    sync.Mutex    // held while the daily key changes; guards the next two
@@ -206,7 +207,7 @@ func Open(ctx context.Context, cfg Config) (_ *Log, err error) {
 	if _, err := l.store.getMeta("chain", &l.chain); err != nil {
 		return nil, err
 	}
-	l.clock = newClock(cfg.Now, l.chain.Time)
+	l.clock, l.before = newClock(cfg.Now, l.chain.Time), l.chain.Time
 	l.daily = &dailySigner{origin: l.id.Origin, clock: l.clock}
 	if err := l.openDaily(ctx); err != nil {
 		return nil, err
@@ -242,6 +243,11 @@ func (l *Log) openTree(ctx context.Context) error {
 
 // addLeaf appends one leaf to the transparency log and returns its index once it is integrated (durable, not yet signed).
 func (l *Log) addLeaf(ctx context.Context, leaf []byte) (uint64, error) {
+	// Tessera panics when it cannot lock its tree. On a directory that has become read-only the records had better wait, durable and
+	// unsigned, than the process end.
+	if err := unix.Access(filepath.Join(l.cfg.Dir, "log", ".state"), unix.W_OK); err != nil {
+		return 0, fmt.Errorf("log directory: %w", err)
+	}
 	idx, err := l.add(ctx, tessera.NewEntry(leaf))()
 	if err != nil {
 		return 0, err
@@ -251,6 +257,10 @@ func (l *Log) addLeaf(ctx context.Context, leaf []byte) (uint64, error) {
 
 // Origin returns the origin of the log, log id included.
 func (l *Log) Origin() string { return l.id.Origin }
+
+// Before is the time of the last block that an earlier process has closed: until then it has certainly lived, and at most
+// SealEvery, or Heartbeat without records, longer. Zero for a new log.
+func (l *Log) Before() time.Time { return l.before }
 
 // IdentityVKey returns the verifier key that policies and witnesses pin.
 func (l *Log) IdentityVKey() string { return l.id.Identity }

@@ -43,15 +43,17 @@ type Meter interface {
 	Unreceipted(kind string)
 	Gap(source string)
 	AccessLog(delta int64)
+	Unheard()
 }
 
-// Config is what New needs; all fields are required.
+// Config is what New needs; all fields but Before are required.
 type Config struct {
 	Recorder Recorder
 	Policy   *config.Config
 	Meter    Meter
 	Log      *slog.Logger
 	Now      func() time.Time
+	Before   time.Time // until when an earlier process of this replica has certainly lived; zero if there was none
 }
 
 // Pipeline decides. Safe for concurrent use.
@@ -67,6 +69,7 @@ type Pipeline struct {
 
 	held     held
 	finished recent
+	unheard  unheard
 	logged   sync.Map // kinds of fault that were logged, to the second
 }
 
@@ -80,6 +83,7 @@ type rules struct {
 // New makes a Pipeline. It starts nothing; without Advance or Run there is no tick and everything is refused.
 func New(cfg Config) (*Pipeline, error) {
 	p := &Pipeline{rec: cfg.Recorder, meter: cfg.Meter, log: cfg.Log, now: cfg.Now, base: cfg.Now()}
+	p.unheard.start = cfg.Before
 	b, err := beat.New(cfg.Policy.Credits())
 	if err != nil {
 		return nil, err
@@ -347,13 +351,22 @@ func (p *Pipeline) Unreceipted(e accesslog.Entry) {
 	}
 }
 
-// LogStream counts access log streams: when one ends its Envoy may have taken unsent entries along.
+// LogStream counts access log streams: when one ends its Envoy may have taken unsent entries along, and what passes until the
+// next one begins may never be told. That time is named, once it is over: it may have been without incident, but nobody here knows.
 func (p *Pipeline) LogStream(node string, ev accesslog.StreamEvent) {
 	if ev == accesslog.StreamOpened {
 		p.meter.AccessLog(1)
+		p.meter.Unheard()
+		since := "ever"
+		if at := p.unheard.begin(node); !at.IsZero() {
+			since = at.UTC().Format(time.RFC3339Nano)
+		}
+		p.log.Info("unknown interval: this Envoy's access log was not heard here; what it let pass without a receipt meanwhile, only its own "+
+			"failure_mode_allowed counts", "node", node, "since", since, "until", p.now().UTC().Format(time.RFC3339Nano))
 		return
 	}
 	p.meter.AccessLog(-1)
+	p.unheard.end(node, p.now())
 	p.log.Info("access log stream ended: an Envoy epoch may have ended with unsent entries", "node", node)
 }
 

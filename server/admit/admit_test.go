@@ -86,6 +86,7 @@ func (m *meter) Outcome(*policy.Outcome)                {}
 func (m *meter) Unreceipted(kind string)                { m.add(&m.unreceipted, kind) }
 func (m *meter) Gap(source string)                      { m.add(&m.gaps, source) }
 func (m *meter) AccessLog(int64)                        {}
+func (m *meter) Unheard()                               { m.add(&m.unreceipted, "unheard") }
 
 func (m *meter) add(to *map[string]int, kind string) {
 	m.mu.Lock()

@@ -39,7 +39,7 @@ type Metrics struct {
 	decisions                           *counter[decisionKey]
 	outcomes                            *counter[outcomeKey]
 	unreceipted, gaps, streams, reloads *counter[string]
-	alsEnded                            *counter[struct{}]
+	alsEnded, unheard                   *counter[struct{}]
 	alsOpen                             metric.Int64UpDownCounter
 	duration                            metric.Float64Histogram
 
@@ -68,7 +68,7 @@ func New() (*Metrics, error) {
 	m := &Metrics{provider: sdk.NewMeterProvider(sdk.WithReader(exp))}
 	m.handler = promhttp.HandlerFor(reg, promhttp.HandlerOpts{})
 	m.meter = m.provider.Meter("github.com/knhk/sidecar")
-	var errs [7]error
+	var errs [8]error
 	m.decisions, errs[0] = newCounter(m.meter, names.Decisions, "{decision}", "Verdicts given.", func(k decisionKey) []attribute.KeyValue {
 		return []attribute.KeyValue{attribute.String(names.AttrClass, k.class.String()), attribute.String(names.AttrVerdict, k.verdict.String()),
 			attribute.String(names.AttrReason, string(k.reason))}
@@ -79,11 +79,12 @@ func New() (*Metrics, error) {
 	one := func(name string) func(string) []attribute.KeyValue {
 		return func(v string) []attribute.KeyValue { return []attribute.KeyValue{attribute.String(name, v)} }
 	}
+	none := func(struct{}) []attribute.KeyValue { return nil }
 	m.unreceipted, errs[2] = newCounter(m.meter, names.Unreceipted, "{transaction}", "Transactions in the access log without a decision.", one(names.AttrKind))
 	m.gaps, errs[3] = newCounter(m.meter, names.Gaps, "{transaction}", "Transactions that passed without a receipt.", one(names.AttrSource))
 	m.streams, errs[4] = newCounter(m.meter, names.Streams, "{event}", "Events of ext_proc streams.", one(names.AttrEvent))
-	m.alsEnded, errs[5] = newCounter(m.meter, names.AccessLogEnded, "{stream}", "Access log streams that ended.",
-		func(struct{}) []attribute.KeyValue { return nil })
+	m.alsEnded, errs[5] = newCounter(m.meter, names.AccessLogEnded, "{stream}", "Access log streams that ended.", none)
+	m.unheard, errs[7] = newCounter(m.meter, names.AccessLogUnheard, "{interval}", "Intervals in which an access log was not heard.", none)
 	m.reloads, errs[6] = newCounter(m.meter, names.Reloads, "{reload}", "Configuration reloads.", one(names.AttrResult))
 	err = errors.Join(errs[:]...)
 	if err == nil {
@@ -137,6 +138,9 @@ func (m *Metrics) AccessLog(delta int64) {
 		m.alsEnded.add(struct{}{})
 	}
 }
+
+// Unheard counts an interval in which the access log of an Envoy worker was not heard here.
+func (m *Metrics) Unheard() { m.unheard.add(struct{}{}) }
 
 // ObserveLog exports the state of the receipt log whenever metrics are read.
 func (m *Metrics) ObserveLog(l *receiptlog.Log) error {

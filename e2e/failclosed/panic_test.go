@@ -1,4 +1,4 @@
-package transactions
+package failclosed
 
 import (
 	"context"
@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc"
 
 	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
+	"github.com/knhk/sidecar/e2e/audited"
 	"github.com/knhk/sidecar/e2e/harness"
 	"github.com/knhk/sidecar/envoy/bootstrap"
 	"github.com/knhk/sidecar/policy"
@@ -48,7 +49,7 @@ func (p *panicker) Finish(string, policy.Outcome, bool) { p.at("finish") }
 // TestPanic has everything behind the ext_proc service panic, in this process: Envoy's client gets a refusal, the upstream
 // nothing, and the service goes on.
 func TestPanic(t *testing.T) {
-	both(t, func(t *testing.T, capture string) {
+	audited.Both(t, func(t *testing.T, capture string) {
 		harness.RequireEnvoy(t)
 		up := harness.RunUpstream(t)
 		p := &panicker{}
@@ -97,7 +98,7 @@ func TestPanic(t *testing.T) {
 			t.Fatal(err)
 		}
 		get := harness.Request{Target: "/"}
-		body := harness.Request{Method: http.MethodPost, Target: "/body", Body: hotDelta}
+		body := harness.Request{Method: http.MethodPost, Target: "/body", Body: delta}
 		pass := harness.Request{Target: "/allow"}
 		for _, c := range []struct {
 			where  string
