@@ -118,17 +118,17 @@ func (c *benchCase) startService(ctx context.Context, dir, knhk string) error {
 	return err
 }
 
-// buildKnhk builds the program under test into dir.
-func buildKnhk(ctx context.Context, dir string) (string, error) {
+// build builds a program of this module into dir.
+func build(ctx context.Context, dir, pkg string) (string, error) {
 	root, err := harness.ModuleRoot()
 	if err != nil {
 		return "", err
 	}
-	out := filepath.Join(dir, "knhk")
-	cmd := exec.CommandContext(ctx, "go", "build", "-o", out, "./server/knhk")
+	out := filepath.Join(dir, filepath.Base(pkg))
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", out, pkg)
 	cmd.Dir = root
 	if text, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go build ./server/knhk: %w\n%s", err, text)
+		return "", fmt.Errorf("go build %s: %w\n%s", pkg, err, text)
 	}
 	return out, nil
 }
@@ -251,7 +251,7 @@ func startAll(ctx context.Context, opt options, dir string) (cases []*benchCase,
 	knhk := opt.knhk
 	for _, c := range cases {
 		if c.isKnhk() && knhk == "" {
-			if knhk, err = buildKnhk(ctx, dir); err != nil {
+			if knhk, err = build(ctx, dir, "./server/knhk"); err != nil {
 				return cases, nil, err
 			}
 		}

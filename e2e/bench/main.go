@@ -26,7 +26,6 @@ import (
 	"os"
 	"os/signal"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -77,12 +76,6 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return measureVolume(ctx, args[1:], stdout, stderr)
 	case len(args) > 0 && args[0] == "sizing":
 		return measureSizing(ctx, args[1:], stdout, stderr)
-	case len(args) == 3 && args[0] == "fill": // started by volume
-		n, err := strconv.Atoi(args[2])
-		if err != nil {
-			return err
-		}
-		return runFill(ctx, args[1], n, stdout)
 	}
 	opt, err := parseFlags(args, stderr)
 	if err != nil {

@@ -64,7 +64,7 @@ func measureSizing(ctx context.Context, args []string, stdout, stderr io.Writer)
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	knhk, err := buildKnhk(ctx, dir)
+	knhk, err := build(ctx, dir, "./server/knhk")
 	if err != nil {
 		return err
 	}

@@ -9,26 +9,16 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"text/tabwriter"
 	"time"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/knhk/sidecar/crypto/receipt"
 	"github.com/knhk/sidecar/e2e/harness"
-	"github.com/knhk/sidecar/policy"
-	"github.com/knhk/sidecar/region/wal"
-	"github.com/knhk/sidecar/server"
-	"github.com/knhk/sidecar/server/config"
 )
 
 // volume measures what many receipts cost: processor time to make one in a small log and in a large one, what they take on disk,
@@ -57,7 +47,7 @@ type volume struct {
 	Machine machineInfo `json:"machine"`
 }
 
-// filled is what the fill subcommand tells.
+// filled is what e2e/bench/fill tells.
 type filled struct {
 	CPU  float64 `json:"cpu_us"`      // per receipt, all but the first tenth
 	Last float64 `json:"cpu_us_last"` // over the last tenth
@@ -107,7 +97,15 @@ func newVolume(ctx context.Context, dir string, n int, progress io.Writer) (*vol
 	if v.Machine, err = machine(dir); err != nil {
 		return nil, err
 	}
-	knhk, err := buildKnhk(ctx, dir)
+	knhk, err := build(ctx, dir, "./server/knhk")
+	if err != nil {
+		return nil, err
+	}
+	filler, err := build(ctx, dir, "./e2e/bench/fill")
+	if err != nil {
+		return nil, err
+	}
+	admin, err := harness.FreeAddr()
 	if err != nil {
 		return nil, err
 	}
@@ -116,13 +114,13 @@ func newVolume(ctx context.Context, dir string, n int, progress io.Writer) (*vol
 	for i := range 10 {
 		if i == 5 {
 			fmt.Fprintf(progress, "recording %d receipts\n", n)
-			f, err := fill(ctx, filepath.Join(dir, "large"), n)
+			f, err := fill(ctx, filler, filepath.Join(dir, "large"), admin, n)
 			if err != nil {
 				return nil, err
 			}
 			v.CPULarge = round(f.Last)
 		}
-		f, err := fill(ctx, filepath.Join(dir, fmt.Sprintf("small-%d", i)), max(n/100, 100))
+		f, err := fill(ctx, filler, filepath.Join(dir, fmt.Sprintf("small-%d", i)), admin, max(n/100, 100))
 		if err != nil {
 			return nil, err
 		}
@@ -139,7 +137,7 @@ func newVolume(ctx context.Context, dir string, n int, progress io.Writer) (*vol
 	}
 	v.BlockBytes, v.LogBytes = round(v.BlockBytes/float64(n)), round(v.LogBytes/float64(n))
 	fmt.Fprintln(progress, "restart, export")
-	if err := v.serve(ctx, knhk, filepath.Join(dir, "large")); err != nil {
+	if err := v.serve(ctx, knhk, filepath.Join(dir, "large"), admin); err != nil {
 		return nil, err
 	}
 	fmt.Fprintln(progress, "verify, fsck")
@@ -157,13 +155,8 @@ func newVolume(ctx context.Context, dir string, n int, progress io.Writer) (*vol
 }
 
 // serve measures the restart after a kill, memory at rest, and the export.
-func (v *volume) serve(ctx context.Context, knhk, dir string) error {
+func (v *volume) serve(ctx context.Context, knhk, dir, admin string) error {
 	file := filepath.Join(dir, "knhk.yaml")
-	cfg, err := config.Load(file)
-	if err != nil {
-		return err
-	}
-	admin := cfg.Listeners.Admin.String()
 	start := func() (*harness.Process, time.Duration, error) {
 		begun := time.Now()
 		p, err := harness.StartProcess(ctx, harness.ProcessConfig{
@@ -250,14 +243,11 @@ func treeBytes(dir string) (n float64, err error) {
 	return n, err
 }
 
-// fill makes a log with n receipts in a process of its own, so that its processor time is its own.
-func fill(ctx context.Context, dir string, n int) (filled, error) {
+// fill makes a log with n receipts in a process of its own, so that its processor time is its own, and that of the no-op servers,
+// which are this program, is not that of a program with all of knhk in it.
+func fill(ctx context.Context, program, dir, admin string, n int) (filled, error) {
 	var f filled
-	self, err := os.Executable()
-	if err != nil {
-		return f, err
-	}
-	cmd := exec.CommandContext(ctx, self, "fill", dir, strconv.Itoa(n))
+	cmd := exec.CommandContext(ctx, program, dir, admin, strconv.Itoa(n))
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -265,119 +255,6 @@ func fill(ctx context.Context, dir string, n int) (filled, error) {
 		return f, fmt.Errorf("fill: %w\n%s", err, tail(stderr.Bytes()))
 	}
 	return f, json.Unmarshal(out, &f)
-}
-
-// runFill is the fill subcommand.
-func runFill(ctx context.Context, dir string, n int, stdout io.Writer) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	c := &benchCase{name: "volume"}
-	addrs := [2]string{}
-	for i := range addrs {
-		var err error
-		if addrs[i], err = harness.FreeAddr(); err != nil {
-			return err
-		}
-	}
-	text := fmt.Sprintf(knhkYAML, c.name, strconv.Quote(filepath.Join(dir, "state")), addrs[0], addrs[1], filepath.Join(dir, "keys"), "R1", "LEAN")
-	file := filepath.Join(dir, "knhk.yaml")
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		return err
-	}
-	s, err := server.New(ctx, file, slog.New(slog.DiscardHandler))
-	if err != nil {
-		return err
-	}
-	ctx, stop := context.WithCancel(ctx)
-	defer stop()
-	done := make(chan error, 1)
-	go func() { done <- s.Run(ctx) }()
-	var f filled
-	if err := record(ctx, s, n/10, 0); err != nil { // starting up is not what is measured
-		return err
-	}
-	idle := func() time.Duration { // what the process takes in a second without requests is not the receipts' either
-		begun := ownCPU()
-		time.Sleep(time.Second)
-		return ownCPU() - begun
-	}()
-	part := func(n, from int) (time.Duration, error) {
-		start, begun := time.Now(), ownCPU()
-		err := record(ctx, s, n, from)
-		return ownCPU() - begun - time.Duration(time.Since(start).Seconds()*float64(idle)), err
-	}
-	first, err := part(n*8/10, n)
-	if err != nil {
-		return err
-	}
-	last, err := part(n/10, 2*n)
-	if err != nil {
-		return err
-	}
-	f.CPU, f.Last = micros(first+last)/float64(n*9/10), micros(last)/float64(n/10)
-	stop()
-	if err := <-done; err != nil {
-		return err
-	}
-	return json.NewEncoder(stdout).Encode(f)
-}
-
-// fillRate is how many receipts a second are made: about what one Envoy worker can bring.
-const fillRate = 20_000
-
-// record takes n receipts from decision to a sealed outcome, from 16 callers,
-// at most fillRate a second.
-func record(ctx context.Context, s *server.Server, n, from int) error {
-	start := time.Now()
-	var next atomic.Int64
-	var wg sync.WaitGroup
-	errs := make([]error, 16)
-	for i := range errs {
-		wg.Go(func() {
-			for k := next.Add(1); k <= int64(n) && errs[i] == nil; k = next.Add(1) {
-				errs[i] = recordOne(ctx, s, int(k)+from)
-				if k%256 == 0 { // blocks of a size that occurs
-					time.Sleep(time.Until(start.Add(time.Duration(k) * time.Second / fillRate)))
-				}
-			}
-		})
-	}
-	wg.Wait()
-	if err := errors.Join(errs...); err != nil {
-		return err
-	}
-	sealed := s.Receipts().Stats().Blocks
-	for s.Receipts().Stats().Blocks < sealed+2 { // the block that is cut next holds the last of them
-		if err := recordOne(ctx, s, 0); err != nil {
-			return err
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	return nil
-}
-
-func recordOne(ctx context.Context, s *server.Server, k int) error {
-	d := receipt.Decision{Class: "R1", Verdict: "admit", Reason: "ok", Rule: "route:default", Capture: "lean", Route: "all", Cluster: "app", Tick: uint64(k)}
-	err := s.Receipts().Decide(ctx, wal.Written, &d, &receipt.Request{
-		Method: "GET", Scheme: "http", Authority: "shop.example.com", Path: fmt.Sprintf("/items/%d?lang=en", k),
-		RequestID: fmt.Sprintf("6f1c0a52-7c1e-4b02-9a53-%012x", k), Source: "10.1.2.3:40000",
-	})
-	if err != nil {
-		return err
-	}
-	return s.Receipts().Outcome(ctx, d.ID, &policy.Outcome{
-		Source: "als", Result: policy.ResultComplete, Status: 200, UpstreamStatus: 200, Details: "via_upstream", Cluster: "app",
-		UpstreamHost: "127.0.0.1:8080", Attempts: 1, BytesIn: 120, BytesOut: 2048, Duration: time.Duration(k%977) * 1237,
-	})
-}
-
-func ownCPU() time.Duration {
-	var r unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {
-		panic(err) // it cannot fail with these arguments
-	}
-	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
 }
 
 func (v *volume) print(w io.Writer) error {

@@ -11,6 +11,9 @@ import (
 // retryEvery is how long a full disk is left alone before the next attempt to prepare a segment.
 const retryEvery = time.Second
 
+// maxTurns bounds how often the committer gives way to appends before it syncs them.
+const maxTurns = 8
+
 // Run commits durable appends and prepares segments until ctx ends, Close is called or the log fails. It may be called
 // once. When ctx ends it refuses further appends, syncs, ends every ticket, writes the closing group and returns nil.
 // When the log has failed it returns the latched error at once; every waiting ticket has got it too.
@@ -57,13 +60,29 @@ func (w *WAL) commitAll(ctx context.Context) {
 		case <-w.stop:
 			return
 		case <-w.kick:
-			// Let those whom the last sync woke append first: one turn of the scheduler, not a wait.
-			runtime.Gosched()
+			w.gather()
 			err = w.commit(0)
 		case <-tick.C:
 			err = w.idle()
 		}
 		if err != nil || w.Err() != nil {
+			return
+		}
+	}
+}
+
+// gather lets those whom the last sync woke append first: turns of the scheduler for as long as each brings another record, not a
+// wait.
+func (w *WAL) gather() {
+	for range maxTurns {
+		w.mu.Lock()
+		before := w.next
+		w.mu.Unlock()
+		runtime.Gosched()
+		w.mu.Lock()
+		after := w.next
+		w.mu.Unlock()
+		if after == before {
 			return
 		}
 	}
