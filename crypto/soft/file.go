@@ -222,6 +222,21 @@ func writeVersion(dir string, v version) (err error) {
 	return syncDir(dir) // until here a crash may bring the old file back
 }
 
+// mkdirAll makes dir and what is missing above it, each durable under its name before the next.
+func mkdirAll(dir string) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	parent := filepath.Dir(dir)
+	if err := mkdirAll(parent); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return syncDir(parent)
+}
+
 func syncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {

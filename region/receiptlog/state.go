@@ -36,7 +36,7 @@ func (id identity) logID() (out [16]byte) {
 // lockDir makes the directory if need be, takes its lock and checks its version. The lock lives as long as the file is open.
 func lockDir(dir string, create bool) (*os.File, error) {
 	if create {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
+		if err := mkdirAll(dir); err != nil {
 			return nil, fmt.Errorf("open state_dir: %w", err)
 		}
 	} else if _, err := os.Stat(filepath.Join(dir, "VERSION")); err != nil {
@@ -70,6 +70,10 @@ func checkVersion(dir string, create bool) error {
 			if e.Name() != "lock" && e.Name() != "VERSION.tmp" { // what a crash in its first moment leaves
 				return fmt.Errorf("open state_dir %s: holds %q but no VERSION file: not a knhk state directory, give an empty one", dir, e.Name())
 			}
+		}
+		// Its own name first: a log must not be gone, and begun anew, because nobody synced the directory it stands in.
+		if err := syncDir(filepath.Dir(dir)); err != nil {
+			return fmt.Errorf("sync the directory of state_dir: %w", err)
 		}
 		return writeFile(path, []byte(stateVersion))
 	case err != nil:
@@ -168,6 +172,21 @@ func writeFile(path string, b []byte) error {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil
+}
+
+// mkdirAll makes dir and what is missing above it, each durable under its name before the next.
+func mkdirAll(dir string) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	parent := filepath.Dir(dir)
+	if err := mkdirAll(parent); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return syncDir(parent)
 }
 
 func syncDir(dir string) error {

@@ -159,6 +159,9 @@ func (w *WAL) open() error {
 		return err
 	}
 	if isNew {
+		if err := w.cfg.FS.SyncDir(filepath.Dir(w.cfg.Dir)); err != nil { // the directory's own name
+			return err
+		}
 		return w.writeVersion() // last, so that a directory without it never held a record
 	}
 	return nil
