@@ -7,4 +7,13 @@ var storage = []Fault{
 		What: "kill -9 under load, then any part of what was not synced is gone, sectors torn and reordered; in a third of the rounds again " +
 			"during recovery: every W1 id a client received is there once, lost R1 ordinals are declared, no fork, old bundles verify",
 	},
+	{
+		Name: "storage/eio", Test: 5, Full: 620,
+		What: "EIO at each call that writes, syncs or renames, from the first start to the last, in turn: it goes on, refuses until " +
+			"restarted (and signs nothing), or dies (Pebble's last word); then nothing acknowledged is gone, fsck finds nothing",
+	},
+	{
+		Name: "storage/enospc", Test: 4, Full: 620,
+		What: "the same with ENOSPC; requests are refused while there is no space, and admitted when there is, or after a restart",
+	},
 }

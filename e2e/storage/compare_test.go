@@ -3,8 +3,10 @@
 package storage
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -128,17 +130,35 @@ func (w *world) compare(tr *transcript) error {
 	if uint64(unseen) > gone {
 		bad("the upstream saw %d R1 requests without a decision, %d ordinals are declared lost", unseen, gone)
 	}
-	// Ordinals are dense: each is a record, once, or within a declared range.
-	var last uint64
-	for n := range tr.ordinals {
-		last = max(last, n)
-	}
-	for n := uint64(1); n <= last; n++ {
-		_, there := tr.ordinals[n]
-		in := slices.ContainsFunc(tr.declared, func(r lost) bool { return r.from <= n && n < r.to })
-		if there == in {
-			bad("ordinal %d: record %v, declared lost %v", n, there, in)
+	errs = append(errs, tr.dense())
+	return errors.Join(errs...)
+}
+
+// dense holds that every ordinal is a record, once, or within a range that a header declares lost, and never both.
+func (tr *transcript) dense() error {
+	var errs []error
+	var ranges []lost // those declared, merged: a range is declared again until the records before it are sealed
+	slices.SortFunc(tr.declared, func(a, b lost) int { return cmp.Compare(a.from, b.from) })
+	for _, r := range tr.declared {
+		if n := len(ranges); n > 0 && r.from <= ranges[n-1].to {
+			ranges[n-1].to = max(ranges[n-1].to, r.to)
+			continue
 		}
+		ranges = append(ranges, r)
+	}
+	next := uint64(1)
+	skip := func() {
+		for len(ranges) > 0 && ranges[0].from <= next {
+			next = max(next, ranges[0].to)
+			ranges = ranges[1:]
+		}
+	}
+	for _, n := range slices.Sorted(maps.Keys(tr.ordinals)) {
+		skip()
+		if n != next {
+			errs = append(errs, fmt.Errorf("ordinal %d of receipt %s, want %d: records are gone, or lie in a range declared lost", n, tr.ordinals[n], next))
+		}
+		next = n + 1
 	}
 	return errors.Join(errs...)
 }

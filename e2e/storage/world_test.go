@@ -46,6 +46,8 @@ type world struct {
 	boot   string // file with the boot id that knhk sees
 	policy string // copy of the log's policy file, taken at the first start, as an auditor has it
 
+	births int // of new state directories
+
 	mu          sync.Mutex
 	next        int
 	acked       map[string]string // class by receipt id, of every 200 that a client received
@@ -79,13 +81,7 @@ func newWorld(t *testing.T) *world {
 	if w.Stack, err = stack.New(t.Context(), stack.Config{Dir: dir, Soft: true, YAML: site}); err != nil {
 		t.Fatal(err)
 	}
-	w.StateDir = filepath.Join(mount, "state")
-	w.must(w.WriteConfig(site))
-	// The keys are on the disk too.
-	config, err := os.ReadFile(w.ConfigFile)
-	w.must(err)
-	config = bytes.ReplaceAll(config, []byte("soft:"+dir), []byte("soft:"+mount))
-	w.must(os.WriteFile(w.ConfigFile, config, 0o600))
+	w.newborn()
 	t.Cleanup(w.end)
 	w.reboot()
 	// The kernel's boot id tells knhk whether the machine crashed. This knhk sees one that the test can change.
@@ -95,6 +91,30 @@ func newWorld(t *testing.T) *world {
 		t.Fatal(err)
 	}
 	return w
+}
+
+// newborn gives the stack a new, empty state directory and new keys, both on the disk; what was seen of an old log is forgotten.
+func (w *world) newborn() {
+	w.t.Helper()
+	w.births++
+	old := filepath.Dir(w.StateDir)
+	dir := filepath.Join(w.disk.Dir(), fmt.Sprintf("life-%d", w.births))
+	w.must(os.Mkdir(dir, 0o700))
+	d, err := os.Open(w.disk.Dir())
+	w.must(err)
+	w.must(errors.Join(d.Sync(), d.Close())) // what stands above its directories is not knhk's to sync
+	config, err := os.ReadFile(w.ConfigFile)
+	w.must(err)
+	config = []byte(strings.NewReplacer(old+"/state", dir+"/state", old+"/keys", dir+"/keys").Replace(string(config)))
+	w.must(os.WriteFile(w.ConfigFile, config, 0o600))
+	w.StateDir = filepath.Join(dir, "state")
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	clear(w.acked)
+	clear(w.checkpoints)
+	w.bundles = ""
+	_ = os.Remove(w.policy) // taken again at the next start
+	w.Upstream.Forget()
 }
 
 // reboot gives the machine a new boot id.
