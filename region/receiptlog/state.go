@@ -1,6 +1,7 @@
 package receiptlog
 
 import (
+	"bytes"
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json/v2"
@@ -15,6 +16,9 @@ import (
 )
 
 const stateVersion = "knhk-state 1\n"
+
+// startHeaders is how many of the newest headers a start looks for: about a day's, some 50 ms.
+const startHeaders = 1 << 16
 
 // identity is what log.json fixes for the life of a directory.
 type identity struct {
@@ -130,6 +134,42 @@ func loadIdentity(dir, prefix, instance string, vkey func(origin string) (string
 			"never changes; restore that key or start a new state_dir", got, id.Identity)
 	}
 	return id, nil
+}
+
+// restorePolicy writes the policy file again if it is not what log.json says: nobody here reads it, but auditors take it.
+func (l *Log) restorePolicy() error {
+	path, want := filepath.Join(l.cfg.Dir, "policy"), policyText(l.id)
+	b, err := os.ReadFile(path)
+	if err == nil && bytes.Equal(b, want) {
+		return nil
+	}
+	l.log.Warn("the policy file is missing or damaged: writing it again", "file", path, "error", err)
+	return writeFile(path, want)
+}
+
+// sameLog says whether the blocks are of the log that log.json names.
+func (l *Log) sameLog() error {
+	if l.chain.Next == 0 {
+		return nil
+	}
+	h, ok, err := l.store.parseHeaderAt(l.chain.Next - 1)
+	switch {
+	case err != nil:
+		return fmt.Errorf("open receipt log: %w", err)
+	case !ok:
+		return fmt.Errorf("open receipt log: %w", missing(l.chain.Next-1))
+	case h.LogID != l.logID || h.Origin != l.id.Origin || h.Instance != l.id.Instance:
+		return fmt.Errorf("open receipt log: the blocks are of log %x (%s, instance %s), log.json says %x (%s, %s): one of them is damaged or another's",
+			h.LogID, h.Origin, h.Instance, l.logID, l.id.Origin, l.id.Instance)
+	}
+	// What Pebble forgets with the end of a damaged manifest is what it flushed last: the first block, or a run of recent ones.
+	from := l.chain.Next - min(l.chain.Next, startHeaders)
+	for _, r := range [][2]uint64{{0, 1}, {from, l.chain.Next}} {
+		if err := l.store.dense(r[0], r[1]); err != nil {
+			return fmt.Errorf("open receipt log: the block store has lost blocks: %w", err)
+		}
+	}
+	return nil
 }
 
 func readIdentity(dir string) (identity, error) {

@@ -1,6 +1,7 @@
 package receiptlog
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json/v2"
 	"errors"
@@ -248,4 +249,22 @@ func (s *store) parseHeaderAt(n uint64) (h *receipt.Header, ok bool, err error) 
 		return nil, true, fmt.Errorf("block %d: %w", n, err)
 	}
 	return h, true, nil
+}
+
+// dense says whether every block from n on and below end has a header.
+func (s *store) dense(n, end uint64) error {
+	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: key(kHeader, n), UpperBound: key(kHeader, end)})
+	if err != nil {
+		return fmt.Errorf("read block store: %w", err)
+	}
+	for it.First(); it.Valid() && bytes.Equal(it.Key(), key(kHeader, n)); it.Next() {
+		n++
+	}
+	if err := errors.Join(it.Error(), it.Close()); err != nil {
+		return fmt.Errorf("read block store: %w", err)
+	}
+	if n < end {
+		return missing(n)
+	}
+	return nil
 }
