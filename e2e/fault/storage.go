@@ -16,4 +16,14 @@ var storage = []Fault{
 		Name: "storage/enospc", Test: 4, Full: 620,
 		What: "the same with ENOSPC; requests are refused while there is no space, and admitted when there is, or after a restart",
 	},
+	{
+		Name: "storage/bit-flip", Test: 10, Full: 1500,
+		What: "one bit flipped in one file of state_dir or the keys, after kill -9 or an orderly end: knhk does not start and says why, or " +
+			"fsck or reading names it, or every receipt is there and verifies",
+	},
+	{
+		Name: "storage/tail-cut", Test: 6, Full: 3000,
+		What: "power loss that cuts the write-ahead log at each byte of the last batch not synced: every W1 id a client received is there, " +
+			"what was cut is declared",
+	},
 }

@@ -184,7 +184,7 @@ func (w *world) readLog(tr *transcript) error {
 	headers := map[key]receipt.Hash{}
 	next := map[[16]byte]uint64{}
 	size := uint64(now.N)
-	for i := uint64(0); i < size; i++ {
+	for i := range size {
 		b, err := client.GetEntryBundle(w.t.Context(), tree.ReadEntryBundle, i/256, size)
 		if err != nil {
 			return err
