@@ -12,6 +12,7 @@ import (
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sys/unix"
 
 	"github.com/knhk/sidecar/crypto/receipt"
 )
@@ -78,6 +79,14 @@ func openStore(dir string, log *slog.Logger, fs vfs.FS, readOnly bool) (*store, 
 		// Blocks arrive already compressed and once a second: a small memtable and few files in memory are enough.
 		MemTableSize: 16 << 20,
 	}
+	// Pebble tries a failed flush again and again, without a pause, even while it opens. A full disk will have room again; after any
+	// other failed write or sync the process ends, as with Fatalf.
+	opts.EventListener = &pebble.EventListener{BackgroundError: func(err error) {
+		if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
+			pebbleLog{log}.Fatalf("background work: %v", err)
+		}
+		log.Debug("block store is out of space, trying again", "error", err) // judge says so once
+	}}
 	db, err := pebble.Open(filepath.Join(dir, "blocks"), opts)
 	if err != nil {
 		return nil, fmt.Errorf("open block store: %w", err)
