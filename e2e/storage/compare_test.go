@@ -26,7 +26,7 @@ type transcript struct {
 	byPath   map[string]*entry
 	ordinals map[uint64]string // receipt id by the ordinal of each record
 	declared []lost            // ranges of ordinals that headers declare as lost
-	missing  int               // R1 receipts that a client received and that are not there
+	missing  int               // R1 receipts that a client received since the last comparison and that are not there
 }
 
 type lost struct{ from, to uint64 }
@@ -109,6 +109,7 @@ func (w *world) compare(tr *transcript) error {
 		switch n := times[id]; {
 		case n == 0 && class == "R1":
 			tr.missing++
+			delete(w.acked, id) // counted once
 		case n != 1:
 			bad("%s receipt %s, which a client received, is there %d times", class, id, n)
 		}

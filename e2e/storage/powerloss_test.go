@@ -85,7 +85,7 @@ func (w *world) powerLoss(run *fault.Run, rng *rand.Rand, round int) {
 	}
 	w.t.Logf("round %d: %v, %v; %d receipts, %d R1 of clients lost, %d ranges declared", round, levels, loss, len(tr.list), tr.missing, len(tr.declared))
 	run.Max("receipts", float64(len(tr.list)))
-	run.Max("r1_lost_and_declared", float64(tr.missing))
+	run.Add("r1_lost_and_declared", float64(tr.missing))
 	w.must(w.start())
 	run.Done()
 }
