@@ -12,6 +12,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -60,6 +61,9 @@ type world struct {
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	harness.RequireEnvoy(t)
+	if _, err := exec.LookPath("unshare"); err != nil && os.Getenv("CI") != "true" {
+		t.Skipf("needs unshare (util-linux) to show knhk another boot id: %v", err)
+	}
 	dir, err := os.MkdirTemp("", "knhk-disk-")
 	if err != nil {
 		t.Fatal(err)
