@@ -4,10 +4,12 @@ package storage
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -16,6 +18,7 @@ import (
 
 	"github.com/knhk/sidecar/e2e/fault"
 	"github.com/knhk/sidecar/e2e/faultfs"
+	"github.com/knhk/sidecar/e2e/harness"
 )
 
 // phase is a part of knhk's life.
@@ -203,7 +206,19 @@ func reached(in *faultfs.Injected, s callSite) error {
 // startFails starts knhk while a fault is armed, and says what became of it.
 func (w *world) startFails(s callSite) string {
 	w.t.Helper()
-	err := w.StartKnhk(w.t.Context())
+	how := "went on"
+	var err error
+	w.Knhk, err = harness.StartProcess(w.t.Context(), harness.ProcessConfig{
+		Name: "knhk", Path: w.Bin, Args: []string{"serve", "--config", w.ConfigFile}, Dir: w.Dir, Log: filepath.Join(w.Dir, "knhk.log"),
+		Ready: func(ctx context.Context) error {
+			_, err := httpGet(ctx, "http://"+w.Admin+"/readyz")
+			if err != nil && strings.Contains(err.Error(), "until restarted") { // it serves, and refuses everything
+				how = "refused until restarted"
+				return nil
+			}
+			return err
+		},
+	})
 	if err != nil {
 		w.Knhk = nil
 		if !strings.Contains(err.Error(), "ended before it was ready") {
@@ -214,7 +229,7 @@ func (w *world) startFails(s callSite) string {
 	if w.Envoy == nil {
 		w.must(w.StartEnvoy(w.t.Context()))
 	}
-	return "went on"
+	return how
 }
 
 // admits says whether a W1 request passes.
