@@ -40,7 +40,7 @@ var _ keys.Store = (*Store)(nil)
 // Open opens the store in dir and makes the directory (mode 0700; its parents too) where there is none. It reads every
 // version, so that a damaged file or one that others can read is found now: all of them are named in one error.
 func Open(dir string) (*Store, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := mkdirAll(dir); err != nil {
 		return nil, fmt.Errorf("soft: open: %w", err)
 	}
 	s := &Store{dir: dir, now: time.Now}

@@ -48,6 +48,21 @@ func TestDirectoryIsSynced(t *testing.T) {
 	}
 }
 
+// TestNewDirectoryIsSynced: a new directory of keys is durable under its name, or not there for its maker.
+func TestNewDirectoryIsSynced(t *testing.T) {
+	parent := filepath.Join(t.TempDir(), "parent")
+	if err := os.Mkdir(parent, 0o300); err != nil { // what cannot be read cannot be opened to be synced
+		t.Fatal(err)
+	}
+	unprivileged(t, parent)
+	if err := mkdirAll(filepath.Join(parent, "keys")); err == nil {
+		t.Error("a directory was made, and its name was not synced")
+	}
+	if _, err := os.Lstat(filepath.Join(parent, "keys")); err != nil {
+		t.Errorf("it failed before there was something to sync: %v", err)
+	}
+}
+
 // unprivileged has the rest of the test touch files as an ordinary user, to whom dir is given. Root may open anything.
 func unprivileged(t *testing.T, dir string) {
 	t.Helper()

@@ -97,14 +97,12 @@ func (i *Injected) Clear() {
 
 // FS is a mounted file system. Its methods may be called from any goroutine.
 type FS struct {
-	fuse.RawFileSystem // what is not implemented: ENOSYS
-
 	dir    string
 	server *fuse.Server
 
 	mu       sync.Mutex
 	root     *inode
-	inodes   map[uint64]*inode // those the kernel knows
+	view     *view // in force; nil while not mounted
 	lastIno  uint64
 	seq      uint64 // of the last change
 	ops      []*nameOp
@@ -131,7 +129,7 @@ func Mount(t testing.TB, dir string) *FS {
 		t.Skip(why)
 	}
 	f := &FS{
-		RawFileSystem: fuse.NewDefaultRawFileSystem(), dir: dir, lastIno: 1,
+		dir: dir, lastIno: 1,
 		calls: map[Call]int{}, capacity: defaultCapacity, patience: patience,
 	}
 	f.root = newDir(1, nil, "")
@@ -160,8 +158,11 @@ func missing() string {
 }
 
 func (f *FS) mount() error {
-	f.inodes = map[uint64]*inode{1: f.root}
-	server, err := fuse.NewServer(f, f.dir, &fuse.MountOptions{
+	v := &view{RawFileSystem: fuse.NewDefaultRawFileSystem(), FS: f, inodes: map[uint64]*inode{1: f.root}}
+	f.mu.Lock()
+	f.view = v
+	f.mu.Unlock()
+	server, err := fuse.NewServer(v, f.dir, &fuse.MountOptions{
 		Name: "faultfs", FsName: "faultfs", MaxWrite: 1 << 20, DisableXAttrs: true, DisableReadDirPlus: true, DirectMountStrict: true,
 		Logger: log.New(os.Stderr, "faultfs: ", 0),
 	})
@@ -176,7 +177,8 @@ func (f *FS) mount() error {
 	return nil
 }
 
-// Unmount ends the mount. It fails while somebody has a file open. A second call does nothing.
+// Unmount ends the mount. It fails while somebody has a file open in this mount namespace; in another one the process gets
+// errors from now on. A second call does nothing.
 func (f *FS) Unmount() error {
 	if f.server == nil {
 		return nil
@@ -192,8 +194,11 @@ func (f *FS) Unmount() error {
 	if err != nil {
 		return fmt.Errorf("unmount %s: %w", f.dir, err)
 	}
-	f.server.Wait()
+	// The server ends when the kernel lets go of the mount; a mount namespace that somebody made meanwhile may hold it longer.
 	f.server = nil
+	f.mu.Lock()
+	f.view = nil
+	f.mu.Unlock()
 	return nil
 }
 
@@ -250,7 +255,7 @@ func (f *FS) Used() int64 {
 
 // call counts a call on the paths and says how it is to fail: before its work, or after it. mu is held; it is let go during a
 // delay.
-func (f *FS) call(op Op, paths ...string) (before, after fuse.Status) {
+func (f *view) call(op Op, paths ...string) (before, after fuse.Status) {
 	class := Class(paths[0])
 	f.calls[Call{op, class}]++
 	for _, i := range f.faults {
@@ -266,6 +271,9 @@ func (f *FS) call(op Op, paths ...string) (before, after fuse.Status) {
 			f.mu.Unlock()
 			time.Sleep(i.fault.Delay)
 			f.mu.Lock()
+			if f.view != f {
+				return fuse.EIO, fuse.OK
+			}
 		}
 		if i.fault.Persist {
 			return fuse.OK, fuse.Status(i.fault.Errno)
@@ -294,14 +302,20 @@ func (l Loss) String() string {
 // The ways in which unsynced data is lost.
 var modes = []string{"nothing kept", "everything kept", "cut in time", "writes at random", "torn sectors", "names only", "content only"}
 
-// PowerLoss ends the machine: of what was not synced any part may be gone, drawn from rng. Every process that used the mount
-// must have been killed before: it fails if somebody has a file open. The file system is then mounted again, without faults.
+// PowerLoss ends the machine: of what was not synced any part may be gone, drawn from rng, and all of it if rng is nil. Every process that used the mount
+// must have been killed before: see Unmount. The file system is then mounted again, without faults.
 func (f *FS) PowerLoss(rng *rand.Rand) (Loss, error) {
 	if err := f.Unmount(); err != nil {
 		return Loss{}, fmt.Errorf("power loss: %w", err)
 	}
+	mode := modes[0]
+	if rng != nil {
+		mode = modes[rng.IntN(len(modes))]
+	} else {
+		rng = rand.New(rand.NewPCG(0, 0)) // it decides nothing
+	}
 	f.mu.Lock()
-	loss := f.lose(modes[rng.IntN(len(modes))], rng)
+	loss := f.lose(mode, rng)
 	f.mu.Unlock()
 	return loss, f.mount()
 }

@@ -14,8 +14,26 @@ import (
 // forEver: only the kernel changes anything here, so whatever it remembers stays true.
 const forEver = time.Hour
 
+// view is one mount of the file system: what the kernel knows of it. After a power loss there is another one, and a process
+// that still uses the old one gets errors.
+type view struct {
+	fuse.RawFileSystem // what is not implemented: ENOSYS
+	*FS
+	inodes map[uint64]*inode // those the kernel knows
+}
+
+// enter takes the lock, unless the view is no longer the one in force.
+func (f *view) enter() bool {
+	f.mu.Lock()
+	if f.view == f {
+		return true
+	}
+	f.mu.Unlock()
+	return false
+}
+
 // node returns the inode of a request. The kernel asks only about inodes it was given. mu is held.
-func (f *FS) node(h *fuse.InHeader) *inode { return f.inodes[h.NodeId] }
+func (f *view) node(h *fuse.InHeader) *inode { return f.inodes[h.NodeId] }
 
 func (n *inode) attr(out *fuse.Attr) {
 	mode := uint32(syscall.S_IFREG)
@@ -27,7 +45,7 @@ func (n *inode) attr(out *fuse.Attr) {
 }
 
 // entry hands n to the kernel. mu is held.
-func (f *FS) entry(n *inode, out *fuse.EntryOut) {
+func (f *view) entry(n *inode, out *fuse.EntryOut) {
 	n.lookups++
 	f.inodes[n.ino] = n
 	out.NodeId, out.Generation = n.ino, 1
@@ -37,8 +55,10 @@ func (f *FS) entry(n *inode, out *fuse.EntryOut) {
 }
 
 // Lookup implements fuse.RawFileSystem.
-func (f *FS) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
-	f.mu.Lock()
+func (f *view) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	n := f.node(h).names[name]
 	if n == nil {
@@ -49,8 +69,10 @@ func (f *FS) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.
 }
 
 // Forget implements fuse.RawFileSystem.
-func (f *FS) Forget(id, times uint64) {
-	f.mu.Lock()
+func (f *view) Forget(id, times uint64) {
+	if !f.enter() {
+		return
+	}
 	defer f.mu.Unlock()
 	if n := f.inodes[id]; n != nil && n != f.root {
 		if n.lookups -= min(times, n.lookups); n.lookups == 0 {
@@ -60,8 +82,10 @@ func (f *FS) Forget(id, times uint64) {
 }
 
 // GetAttr implements fuse.RawFileSystem.
-func (f *FS) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
-	f.mu.Lock()
+func (f *view) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	f.node(&in.InHeader).attr(&out.Attr)
 	out.SetTimeout(forEver)
@@ -69,8 +93,10 @@ func (f *FS) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) f
 }
 
 // SetAttr implements fuse.RawFileSystem. Modes and times are durable at once: nobody's promise rests on them.
-func (f *FS) SetAttr(_ <-chan struct{}, in *fuse.SetAttrIn, out *fuse.AttrOut) fuse.Status {
-	f.mu.Lock()
+func (f *view) SetAttr(_ <-chan struct{}, in *fuse.SetAttrIn, out *fuse.AttrOut) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	n := f.node(&in.InHeader)
 	after := fuse.OK
@@ -94,11 +120,13 @@ func (f *FS) SetAttr(_ <-chan struct{}, in *fuse.SetAttrIn, out *fuse.AttrOut) f
 }
 
 // Access implements fuse.RawFileSystem: root may do everything.
-func (f *FS) Access(<-chan struct{}, *fuse.AccessIn) fuse.Status { return fuse.OK }
+func (f *view) Access(<-chan struct{}, *fuse.AccessIn) fuse.Status { return fuse.OK }
 
 // Mkdir implements fuse.RawFileSystem.
-func (f *FS) Mkdir(_ <-chan struct{}, in *fuse.MkdirIn, name string, out *fuse.EntryOut) fuse.Status {
-	f.mu.Lock()
+func (f *view) Mkdir(_ <-chan struct{}, in *fuse.MkdirIn, name string, out *fuse.EntryOut) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	before, after := f.call(OpMkdir, join(f.node(&in.InHeader), name))
 	if !before.Ok() {
@@ -117,8 +145,10 @@ func (f *FS) Mkdir(_ <-chan struct{}, in *fuse.MkdirIn, name string, out *fuse.E
 }
 
 // Create implements fuse.RawFileSystem.
-func (f *FS) Create(_ <-chan struct{}, in *fuse.CreateIn, name string, out *fuse.CreateOut) fuse.Status {
-	f.mu.Lock()
+func (f *view) Create(_ <-chan struct{}, in *fuse.CreateIn, name string, out *fuse.CreateOut) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	before, after := f.call(OpCreate, join(f.node(&in.InHeader), name))
 	if !before.Ok() {
@@ -142,8 +172,10 @@ func (f *FS) Create(_ <-chan struct{}, in *fuse.CreateIn, name string, out *fuse
 }
 
 // Open implements fuse.RawFileSystem.
-func (f *FS) Open(_ <-chan struct{}, in *fuse.OpenIn, _ *fuse.OpenOut) fuse.Status {
-	f.mu.Lock()
+func (f *view) Open(_ <-chan struct{}, in *fuse.OpenIn, _ *fuse.OpenOut) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	n := f.node(&in.InHeader)
 	if before, after := f.call(OpOpen, n.path()); !before.Ok() || !after.Ok() {
@@ -157,8 +189,10 @@ func (f *FS) Open(_ <-chan struct{}, in *fuse.OpenIn, _ *fuse.OpenOut) fuse.Stat
 }
 
 // Read implements fuse.RawFileSystem.
-func (f *FS) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
-	f.mu.Lock()
+func (f *view) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+	if !f.enter() {
+		return nil, fuse.EIO
+	}
 	defer f.mu.Unlock()
 	n := f.node(&in.InHeader)
 	if before, after := f.call(OpRead, n.path()); !before.Ok() || !after.Ok() {
@@ -168,8 +202,10 @@ func (f *FS) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResu
 }
 
 // Write implements fuse.RawFileSystem.
-func (f *FS) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
-	f.mu.Lock()
+func (f *view) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
+	if !f.enter() {
+		return 0, fuse.EIO
+	}
 	defer f.mu.Unlock()
 	n := f.node(&in.InHeader)
 	before, after := f.call(OpWrite, n.path())
@@ -188,8 +224,10 @@ func (f *FS) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fu
 }
 
 // Fallocate implements fuse.RawFileSystem.
-func (f *FS) Fallocate(_ <-chan struct{}, in *fuse.FallocateIn) fuse.Status {
-	f.mu.Lock()
+func (f *view) Fallocate(_ <-chan struct{}, in *fuse.FallocateIn) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	n := f.node(&in.InHeader)
 	before, after := f.call(OpAllocate, n.path())
@@ -213,14 +251,16 @@ func (f *FS) Fallocate(_ <-chan struct{}, in *fuse.FallocateIn) fuse.Status {
 }
 
 // Flush implements fuse.RawFileSystem: a close promises nothing.
-func (f *FS) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.OK }
+func (f *view) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.OK }
 
 // Release implements fuse.RawFileSystem.
-func (f *FS) Release(<-chan struct{}, *fuse.ReleaseIn) {}
+func (f *view) Release(<-chan struct{}, *fuse.ReleaseIn) {}
 
 // Fsync implements fuse.RawFileSystem. The kernel sends it for fsync, fdatasync, msync and writes to a file opened with O_SYNC.
-func (f *FS) Fsync(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
-	f.mu.Lock()
+func (f *view) Fsync(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	n := f.node(&in.InHeader)
 	before, after := f.call(OpSync, n.path())
@@ -233,8 +273,10 @@ func (f *FS) Fsync(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
 }
 
 // FsyncDir implements fuse.RawFileSystem.
-func (f *FS) FsyncDir(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
-	f.mu.Lock()
+func (f *view) FsyncDir(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	n := f.node(&in.InHeader)
 	before, after := f.call(OpSyncDir, n.path())
@@ -246,8 +288,10 @@ func (f *FS) FsyncDir(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
 }
 
 // Unlink implements fuse.RawFileSystem.
-func (f *FS) Unlink(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.Status {
-	f.mu.Lock()
+func (f *view) Unlink(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	before, after := f.call(OpUnlink, join(f.node(h), name))
 	if !before.Ok() {
@@ -264,8 +308,10 @@ func (f *FS) Unlink(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.Statu
 }
 
 // Rmdir implements fuse.RawFileSystem.
-func (f *FS) Rmdir(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.Status {
-	f.mu.Lock()
+func (f *view) Rmdir(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	before, after := f.call(OpUnlink, join(f.node(h), name))
 	if !before.Ok() {
@@ -284,8 +330,10 @@ func (f *FS) Rmdir(_ <-chan struct{}, h *fuse.InHeader, name string) fuse.Status
 }
 
 // Rename implements fuse.RawFileSystem.
-func (f *FS) Rename(_ <-chan struct{}, in *fuse.RenameIn, oldName, newName string) fuse.Status {
-	f.mu.Lock()
+func (f *view) Rename(_ <-chan struct{}, in *fuse.RenameIn, oldName, newName string) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	if in.Flags != 0 {
 		return fuse.Status(syscall.EINVAL)
@@ -312,8 +360,10 @@ func (f *FS) Rename(_ <-chan struct{}, in *fuse.RenameIn, oldName, newName strin
 }
 
 // Link implements fuse.RawFileSystem.
-func (f *FS) Link(_ <-chan struct{}, in *fuse.LinkIn, name string, out *fuse.EntryOut) fuse.Status {
-	f.mu.Lock()
+func (f *view) Link(_ <-chan struct{}, in *fuse.LinkIn, name string, out *fuse.EntryOut) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	before, after := f.call(OpLink, join(f.node(&in.InHeader), name), f.inodes[in.Oldnodeid].path())
 	if !before.Ok() {
@@ -330,14 +380,16 @@ func (f *FS) Link(_ <-chan struct{}, in *fuse.LinkIn, name string, out *fuse.Ent
 }
 
 // OpenDir implements fuse.RawFileSystem.
-func (f *FS) OpenDir(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status { return fuse.OK }
+func (f *view) OpenDir(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status { return fuse.OK }
 
 // ReleaseDir implements fuse.RawFileSystem.
-func (f *FS) ReleaseDir(*fuse.ReleaseIn) {}
+func (f *view) ReleaseDir(*fuse.ReleaseIn) {}
 
 // ReadDir implements fuse.RawFileSystem. The offset of an entry is its inode's number: it stays right while others come and go.
-func (f *FS) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
-	f.mu.Lock()
+func (f *view) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	dir := f.node(&in.InHeader)
 	type named struct {
@@ -365,8 +417,10 @@ func (f *FS) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList)
 }
 
 // StatFs implements fuse.RawFileSystem.
-func (f *FS) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
-	f.mu.Lock()
+func (f *view) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
 	defer f.mu.Unlock()
 	free := uint64(max(0, f.capacity-f.used))
 	*out = fuse.StatfsOut{Blocks: uint64(f.capacity), Bfree: free, Bavail: free, Files: 1 << 20, Ffree: 1 << 19, Bsize: pageSize, Frsize: pageSize, NameLen: 255}

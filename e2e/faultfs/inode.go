@@ -7,6 +7,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -40,6 +41,7 @@ type inode struct {
 	pages map[int64]*page
 	dirty map[int64][]version // by sector: the synced content, then every one since
 	sizes []sizeVersion       // likewise
+	last  lastWrite
 
 	// A directory.
 	names map[string]*inode // as processes see it
@@ -51,6 +53,12 @@ type version struct {
 	seq  uint64
 	data *sector
 	lost bool // a failed fsync should have made it durable: later ones do not
+}
+
+// lastWrite is where the newest content was put.
+type lastWrite struct {
+	seq       uint64
+	off, size int64
 }
 
 type sizeVersion struct {
@@ -136,6 +144,7 @@ func (n *inode) allocate(off, size int64) (pages int64) {
 
 // write changes content, page for page allocated before, and remembers what was there.
 func (n *inode) write(seq uint64, b []byte, off int64) {
+	n.last = lastWrite{seq, off, int64(len(b))}
 	for done := 0; done < len(b); {
 		at := off + int64(done)
 		to := min(len(b), done+int(sectorSize-at%sectorSize))
@@ -308,6 +317,43 @@ func (f *FS) syncDir(dir *inode) {
 		op.persist()
 		return true
 	})
+}
+
+// SyncAll makes everything durable, as sync(2) does.
+func (f *FS) SyncAll() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, op := range f.ops {
+		op.persist()
+	}
+	f.ops = nil
+	var walk func(n *inode)
+	walk = func(n *inode) {
+		n.dirty, n.sizes = map[int64][]version{}, nil
+		for _, child := range n.names {
+			walk(child)
+		}
+	}
+	walk(f.root)
+}
+
+// LastUnsynced returns the newest write to a file with a path that ends in suffix that no sync has covered; size 0 if there is
+// none.
+func (f *FS) LastUnsynced(suffix string) (path string, off, size int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var newest uint64
+	var walk func(n *inode)
+	walk = func(n *inode) {
+		if !n.dir && len(n.dirty) > 0 && n.last.seq > newest && strings.HasSuffix(n.path(), suffix) {
+			newest, path, off, size = n.last.seq, n.path(), n.last.off, n.last.size
+		}
+		for _, child := range n.names {
+			walk(child)
+		}
+	}
+	walk(f.root)
+	return path, off, size
 }
 
 // drop gives back the pages of a file that has no name left.

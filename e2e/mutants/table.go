@@ -70,6 +70,7 @@ var mutations = []mutation{
 	},
 	{"fsync/soft-key", soft + "/file.go", "err = f.Sync()", "err = nil", soft, "TestFileIsSynced"},
 	{"fsync/soft-key-name", soft + "/file.go", "return syncDir(dir)", "return nil", soft, "TestDirectoryIsSynced"},
+	{"fsync/soft-new-directory", soft + "/file.go", "return syncDir(parent)", "return nil", soft, "TestNewDirectoryIsSynced"},
 	{"fsync/soft-directory", soft + "/file.go", "return d.Sync()", "return nil", soft, "TestDirectoryIsSynced"},
 	{
 		"fsync/export", "server/knhk/receipts.go",
@@ -99,7 +100,18 @@ var mutations = []mutation{
 	{"tail/released-beyond-end", wal + "/recover.go", "case f.First > f.Next:", "case false && f.First > f.Next:", wal, "TestAssemble"},
 	{"tail/oldest-segment", wal + "/recover.go", "from > f.First {", "false && from > f.First {", wal, "TestDamage"},
 	{"tail/chained-segments", wal + "/recover.go", "s.opening.prev != end.number || ", "", wal, "TestAssemble"},
-	{"tail/wal-replaced", receiptlog + "/seal.go", "if found.Next < l.chain.Released {", "if false {", receiptlog, "TestWALReplaced"},
+	{"fsync/state-new-directory", receiptlog + "/state.go", "return syncDir(parent)", "return nil", receiptlog, "TestNewDirectoryIsSynced"},
+	{
+		"fsync/state-dir-name", receiptlog + "/state.go",
+		"if err := syncDir(filepath.Dir(dir)); err != nil {", "if err := error(nil); err != nil {",
+		receiptlog, "TestNewDirectoryIsSynced",
+	},
+	{
+		"fsync/wal-dir-name", wal + "/open.go",
+		"if err := w.cfg.FS.SyncDir(filepath.Dir(w.cfg.Dir)); err != nil {", "if err := error(nil); err != nil {",
+		wal, "TestNewLogIsSynced",
+	},
+	{"tail/wal-replaced", receiptlog + "/seal.go", "if err := meets(found, l.chain.Released); err != nil {", "if false {\n\t\tvar err error", receiptlog, "TestWALReplaced"},
 	{
 		"group/crc", wal + "/group.go",
 		"if crc32.Checksum(b[8:], castagnoli) != ", "if false && crc32.Checksum(b[8:], castagnoli) != ",

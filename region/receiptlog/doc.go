@@ -3,14 +3,23 @@
 // that anyone can verify offline with crypto/receipt.
 //
 // What it promises:
+//
 //   - Decide returns nil only when the decision has reached its level: written (survives the death of the process) or
 //     durable (survives the death of the machine). If it returns an error the caller must refuse.
+//
 //   - Every record that was acknowledged stands in exactly one block, exactly once, in the order of its ordinal.
+//
 //   - A header's bytes are committed here before they go to the log and are never recomputed: after a crash the same bytes
 //     are added again. Equal duplicates in the log are legal, differing bytes for one (incarnation, seq) are not.
+//
 //   - A decision without an outcome is visible as pending; after a crash or outcome_timeout it gets the outcome "unknown"
 //     with the reason. It never disappears.
+//
 //   - Nothing is signed by a daily key that is past its age, and nothing at all after a failed write or sync.
+//
+//   - Open checks what it can without reading everything: the WAL byte by byte and that it meets the blocks, the last header, the
+//     tree state and the signed checkpoint against the tiles of the log's right edge. What lies further back is checked when it is
+//     read (checksums, proofs), and all of it by Fsck. Damage that is found is named, and nothing is served.
 //
 // What it does not promise: that a receipt id proves anything before its header is under a signed checkpoint (about
 // seal_every plus the checkpoint interval), nor that one replica's directory survives the loss of its disk: that takes

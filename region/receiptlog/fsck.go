@@ -16,6 +16,7 @@ import (
 
 	"github.com/knhk/sidecar/crypto/keys"
 	"github.com/knhk/sidecar/crypto/receipt"
+	"github.com/knhk/sidecar/region/wal"
 )
 
 // Problem is one thing that is not as it must be.
@@ -35,14 +36,21 @@ type Report struct {
 	Decisions      uint64    `json:"decisions"`
 	Outcomes       uint64    `json:"outcomes"`
 	Unlogged       uint64    `json:"unlogged"` // committed blocks whose header no signed checkpoint covers yet
+	Unsealed       uint64    `json:"unsealed"` // records of the write-ahead log that are in no block yet
 	Incarnations   uint64    `json:"incarnations"`
 	Problems       []Problem `json:"problems"`
 }
 
 // Fsck audits a state directory that nobody serves from: the checkpoint's signatures, every tile and leaf of the log against
-// it, the chain of headers, and every record of every block against its header. It changes nothing. progress is called with
-// the leaves done and their number. An error means that the audit could not be done; what it found wrong is in the report.
+// it, the chain of headers, every record of every block against its header, its evidence against its commitment, the indices by
+// which receipts are found, the records of the write-ahead log, and that every ordinal is a record or declared lost. It changes
+// nothing. progress is called with the leaves done and their number. An error means that the audit could not be done; what it
+// found wrong is in the report.
 func Fsck(ctx context.Context, dir string, log *slog.Logger, progress func(done, total uint64)) (_ *Report, err error) {
+	return fsckOn(ctx, dir, wal.Config{Dir: filepath.Join(dir, "wal")}, log, progress)
+}
+
+func fsckOn(ctx context.Context, dir string, walConfig wal.Config, log *slog.Logger, progress func(done, total uint64)) (_ *Report, err error) {
 	lock, err := lockDir(dir, false)
 	if err != nil {
 		return nil, err
@@ -61,13 +69,14 @@ func Fsck(ctx context.Context, dir string, log *slog.Logger, progress func(done,
 	if err != nil {
 		return nil, fmt.Errorf("read log.json: identity key: %w", err)
 	}
-	a := &audit{store: st, id: id, verifier: verifier, report: &Report{Origin: id.Origin}, tree: client.FileFetcher{Root: filepath.Join(dir, "log")},
-		byHeader: map[receipt.Hash]uint64{}, last: map[[16]byte]receipt.Header{}, decided: map[[16]byte]bool{}}
+	a := &audit{store: st, wal: walConfig, id: id, verifier: verifier, report: &Report{Origin: id.Origin}, tree: client.FileFetcher{Root: filepath.Join(dir, "log")},
+		byHeader: map[receipt.Hash]uint64{}, last: map[[16]byte]receipt.Header{}, decided: map[[16]byte]decided{}}
 	return a.report, a.run(ctx, progress)
 }
 
 type audit struct {
 	store    *store
+	wal      wal.Config
 	id       identity
 	verifier note.Verifier
 	report   *Report
@@ -75,8 +84,18 @@ type audit struct {
 	byHeader map[receipt.Hash]uint64         // block number by leaf hash of its header
 	last     map[[16]byte]receipt.Header     // last header by incarnation
 	prev     receipt.Hash                    // leaf hash of the last distinct header
-	decided  map[[16]byte]bool               // decisions seen; true once they have an outcome
+	decided  map[[16]byte]decided            // decisions seen
 	vkeys    map[string]receipt.KeyStatement // daily keys stated in the log
+	hashes   []receipt.Hash                  // of the log's leaves
+	released uint64                          // ordinals below this stand in blocks
+	present  []wal.Range                     // ordinals of records, as they come
+	lost     []wal.Range                     // declared by headers, or named by the write-ahead log
+}
+
+// decided is a decision that the audit has met.
+type decided struct {
+	block    uint64
+	answered bool // it has an outcome
 }
 
 func (a *audit) problem(where, format string, args ...any) {
@@ -86,6 +105,25 @@ func (a *audit) problem(where, format string, args ...any) {
 func (a *audit) run(ctx context.Context, progress func(done, total uint64)) error {
 	a.vkeys = map[string]receipt.KeyStatement{}
 	total := a.indexBlocks()
+	seen := map[uint64]bool{}
+	if err := a.log(ctx, seen, progress); err != nil {
+		return err
+	}
+	for n := range total {
+		if !seen[n] {
+			a.unlogged(n)
+		}
+	}
+	a.places(total)
+	a.pending(total)
+	a.everyKey()
+	a.unsealed()
+	a.ordinals()
+	return nil
+}
+
+// log checks the transparency log and the blocks under its signed checkpoint.
+func (a *audit) log(ctx context.Context, seen map[uint64]bool, progress func(done, total uint64)) error {
 	raw, err := a.tree.ReadCheckpoint(ctx)
 	if err != nil {
 		a.problem("checkpoint", "cannot be read: %v", err)
@@ -101,12 +139,14 @@ func (a *audit) run(ctx context.Context, progress func(done, total uint64)) erro
 		return nil
 	}
 	a.report.CheckpointSize = cp.size
+	if err := checkTree(ctx, a.tree.Root, a.verifier); err != nil {
+		a.problem("log", "%v", err)
+	}
 	// Tessera's own audit: every leaf hash and tile against the root. It logs to standard error when it fails.
 	f := fsck.New(a.id.Origin, a.verifier, a.tree, hashBundle, fsck.Opts{N: 2})
 	if err := f.Check(ctx); err != nil {
 		a.problem("log", "tiles do not match the signed checkpoint: %v", err)
 	}
-	seen := map[uint64]bool{}
 	for leaf, err := range logLeaves(ctx, a.tree, 0, cp.size) {
 		if err != nil {
 			a.problem("log", "%v", err)
@@ -119,11 +159,6 @@ func (a *audit) run(ctx context.Context, progress func(done, total uint64)) erro
 		progress(leaf.index+1, cp.size)
 	}
 	a.daily(raw)
-	for n := range total {
-		if !seen[n] {
-			a.unlogged(n)
-		}
-	}
 	return nil
 }
 
@@ -133,6 +168,7 @@ func (a *audit) indexBlocks() uint64 {
 	if _, err := a.store.getMeta("chain", &c); err != nil {
 		a.problem("blocks", "%v", err)
 	}
+	a.released = c.Released
 	for n := range c.Next {
 		leaf, err := a.store.header(n)
 		switch {
@@ -142,6 +178,11 @@ func (a *audit) indexBlocks() uint64 {
 			a.problem(fmt.Sprintf("block %d", n), "its header is missing")
 		default:
 			a.byHeader[receipt.LeafHash(leaf)] = n
+			if h, err := receipt.ParseHeader(leaf); err != nil {
+				a.problem(fmt.Sprintf("block %d", n), "%v", err)
+			} else if h.LostFrom < h.LostTo {
+				a.lost = append(a.lost, wal.Range{From: h.LostFrom, To: h.LostTo})
+			}
 		}
 	}
 	return c.Next
@@ -150,6 +191,7 @@ func (a *audit) indexBlocks() uint64 {
 // leaf checks one leaf of the log.
 func (a *audit) leaf(leaf logLeaf, seen map[uint64]bool) {
 	where := fmt.Sprintf("log leaf %d", leaf.index)
+	a.hashes = append(a.hashes, receipt.LeafHash(leaf.data))
 	if bytes.HasPrefix(leaf.data, []byte(receipt.KeyPrefix)) {
 		a.keyStatement(where, leaf)
 		return
@@ -167,7 +209,7 @@ func (a *audit) leaf(leaf logLeaf, seen map[uint64]bool) {
 	a.report.Headers++
 	a.chain(where, h, hash)
 	if !known {
-		if h.LogID == a.id.logID() && h.Count > 0 {
+		if h.LogID == a.id.logID() {
 			a.problem(headerName(h), "is in the log, but its block is not here: %d records are gone", h.Count)
 		}
 		return
@@ -240,10 +282,12 @@ func (a *audit) block(n uint64, h *receipt.Header) {
 			a.problem(fmt.Sprintf("%s record %d", where, i), "has ordinal %d, want %d", ordinal, next)
 		}
 		next = ordinal + 1
+		a.has(ordinal)
 	}
+	a.beside(where, n, leaves)
 }
 
-func (a *audit) record(_ uint64, leaf []byte) (ordinal uint64, err error) {
+func (a *audit) record(n uint64, leaf []byte) (ordinal uint64, err error) {
 	if bytes.HasPrefix(leaf, []byte(receipt.DecisionPrefix)) {
 		d, err := receipt.ParseDecision(leaf)
 		if err != nil {
@@ -257,7 +301,7 @@ func (a *audit) record(_ uint64, leaf []byte) (ordinal uint64, err error) {
 		if _, twice := a.decided[uuid]; twice {
 			return d.Ordinal, fmt.Errorf("second decision for receipt %s", d.ID)
 		}
-		a.decided[uuid] = false
+		a.decided[uuid] = decided{block: n}
 		return d.Ordinal, nil
 	}
 	o, err := receipt.ParseOutcome(leaf)
@@ -273,10 +317,10 @@ func (a *audit) record(_ uint64, leaf []byte) (ordinal uint64, err error) {
 	switch {
 	case !ok:
 		return o.Ordinal, fmt.Errorf("outcome without decision for receipt %s", o.ID)
-	case had && !o.Late:
+	case had.answered && !o.Late:
 		return o.Ordinal, fmt.Errorf("second outcome for receipt %s", o.ID)
 	}
-	a.decided[uuid] = true
+	a.decided[uuid] = decided{had.block, true}
 	return o.Ordinal, nil
 }
 

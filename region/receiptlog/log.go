@@ -185,6 +185,9 @@ func Open(ctx context.Context, cfg Config) (_ *Log, err error) {
 		return nil, err
 	}
 	l.logID = l.id.logID()
+	if err := l.restorePolicy(); err != nil {
+		return nil, err
+	}
 	identity, err := keys.NoteSigner(l.id.Origin, cfg.Identity, signTimeout)
 	if err != nil {
 		return nil, fmt.Errorf("open identity key: %w", err)
@@ -207,6 +210,9 @@ func Open(ctx context.Context, cfg Config) (_ *Log, err error) {
 	if _, err := l.store.getMeta("chain", &l.chain); err != nil {
 		return nil, err
 	}
+	if err := l.sameLog(); err != nil {
+		return nil, err
+	}
 	l.clock, l.before = newClock(cfg.Now, l.chain.Time), l.chain.Time
 	l.daily = &dailySigner{origin: l.id.Origin, clock: l.clock}
 	if err := l.openDaily(ctx); err != nil {
@@ -224,6 +230,13 @@ func Open(ctx context.Context, cfg Config) (_ *Log, err error) {
 
 // openTree opens the transparency log.
 func (l *Log) openTree(ctx context.Context) error {
+	verifier, err := keys.Verifier(l.id.Identity)
+	if err != nil {
+		return fmt.Errorf("open log: identity key: %w", err)
+	}
+	if err := checkTree(ctx, filepath.Join(l.cfg.Dir, "log"), verifier); err != nil {
+		return err
+	}
 	driver, err := posix.New(ctx, posix.Config{Path: filepath.Join(l.cfg.Dir, "log")})
 	if err != nil {
 		return fmt.Errorf("open log: %w", err)

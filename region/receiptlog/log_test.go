@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -140,7 +141,7 @@ func (f *fixture) bundle(id string, records int) *receipt.Verified {
 
 func (f *fixture) fsck() *Report {
 	f.t.Helper()
-	r, err := Fsck(f.t.Context(), f.cfg.Dir, slog.New(slog.NewTextHandler(io.Discard, nil)), func(uint64, uint64) {})
+	r, err := fsckOn(f.t.Context(), f.cfg.Dir, wal.Config{Dir: filepath.Join(f.cfg.Dir, "wal"), FS: f.cfg.WALFS, BootID: f.cfg.BootID}, slog.New(slog.NewTextHandler(io.Discard, nil)), func(uint64, uint64) {})
 	if err != nil {
 		f.t.Fatal(err)
 	}

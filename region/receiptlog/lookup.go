@@ -311,7 +311,10 @@ func (l *Log) List(ctx context.Context, limit int, before string) ([]Summary, er
 		if err != nil {
 			return nil, err
 		}
-		if !ok || h.Count == 0 {
+		if !ok {
+			return nil, missing(n - 1)
+		}
+		if h.Count == 0 {
 			continue
 		}
 		leaves, err := l.store.records(n-1, h.Count)
@@ -378,6 +381,9 @@ func (l *Log) Export(ctx context.Context, evidence bool) iter.Seq2[[]byte, error
 				return
 			}
 			if !known || idx >= p.cp.size {
+				if _, ok, err := l.store.parseHeaderAt(n); err != nil || !ok { // not merely newer than the checkpoint
+					yield(nil, errors.Join(err, missing(n)))
+				}
 				return
 			}
 			if !l.exportBlock(p, n, evidence, yield) {
@@ -387,10 +393,13 @@ func (l *Log) Export(ctx context.Context, evidence bool) iter.Seq2[[]byte, error
 	}
 }
 
+// missing is the error for a block that was committed and is not there.
+func missing(n uint64) error { return fmt.Errorf("block %d is missing or damaged: run knhk fsck", n) }
+
 func (l *Log) exportBlock(p *prover, n uint64, evidence bool, yield func([]byte, error) bool) bool {
 	h, ok, err := l.store.parseHeaderAt(n)
 	if err != nil || !ok {
-		return yield(nil, errors.Join(err, fmt.Errorf("export: block %d is missing or damaged: run knhk fsck", n))) && false
+		return yield(nil, errors.Join(err, missing(n))) && false
 	}
 	if h.Count == 0 {
 		return true

@@ -457,9 +457,13 @@ func (l *Log) recover(ctx context.Context) error {
 		return err
 	}
 	found := l.wal.Recovered()
-	if found.Next < l.chain.Released {
-		return fmt.Errorf("open receipt log: the WAL ends at record %d, the blocks hold records up to %d: the WAL was replaced or restored alone; "+
-			"restore state_dir as a whole, or start a new one", found.Next, l.chain.Released)
+	if fresh && (behind || replayed > 0) {
+		// The first header is committed before anything is recorded or logged.
+		return fmt.Errorf("open receipt log: the block store is empty, but %d records wait in the WAL, and the log holds headers of this log: %v: "+
+			"the block store is damaged or gone; restore state_dir as a whole, or start a new one", replayed, behind)
+	}
+	if err := meets(found, l.chain.Released); err != nil {
+		return fmt.Errorf("open receipt log: %w", err)
 	}
 	// Ranges of R1 records that a machine crash may have taken along: the first in the open header, more in headers of their own.
 	lost := append([]wal.Range{}, found.Lost...)
@@ -470,7 +474,8 @@ func (l *Log) recover(ctx context.Context) error {
 		l.log.WarnContext(ctx, "recovering after a crash", "records_in_wal", replayed, "lost", found.Lost)
 		l.counts.recovered.Add(replayed)
 		if behind {
-			l.log.ErrorContext(ctx, "local state is behind the log: the last incarnation is not continued")
+			l.log.ErrorContext(ctx, "the block store is behind the log: headers in the log whose blocks are not here; it is damaged or an older copy, see knhk fsck; "+
+				"the last incarnation is not continued")
 		} else if !l.chain.Closed || replayed > 0 { // a crash within the last recovery may have come after its final header
 			if err := l.seal(ctx, receipt.HeaderFinal, headerExtra{recovered: true}); err != nil {
 				return err
@@ -519,6 +524,19 @@ func (l *Log) recover(ctx context.Context) error {
 		return err
 	}
 	l.judge(ctx)
+	return nil
+}
+
+// meets says whether the WAL goes on where the blocks end, at the first ordinal that is in none.
+func meets(found wal.Recovery, released uint64) error {
+	switch {
+	case found.Next < released:
+		return fmt.Errorf("the WAL ends at record %d, the blocks hold records up to %d: the WAL was replaced or restored alone; "+
+			"restore state_dir as a whole, or start a new one", found.Next, released)
+	case found.First > max(released, 1):
+		return fmt.Errorf("the WAL begins at record %d, the blocks hold records below %d only: those between were sealed and are gone; the block "+
+			"store is damaged, or was replaced or restored alone: restore state_dir as a whole, or start a new one", found.First, released)
+	}
 	return nil
 }
 

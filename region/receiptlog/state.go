@@ -1,6 +1,7 @@
 package receiptlog
 
 import (
+	"bytes"
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json/v2"
@@ -15,6 +16,9 @@ import (
 )
 
 const stateVersion = "knhk-state 1\n"
+
+// startHeaders is how many of the newest headers a start looks for: about a day's, some 50 ms.
+const startHeaders = 1 << 16
 
 // identity is what log.json fixes for the life of a directory.
 type identity struct {
@@ -36,7 +40,7 @@ func (id identity) logID() (out [16]byte) {
 // lockDir makes the directory if need be, takes its lock and checks its version. The lock lives as long as the file is open.
 func lockDir(dir string, create bool) (*os.File, error) {
 	if create {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
+		if err := mkdirAll(dir); err != nil {
 			return nil, fmt.Errorf("open state_dir: %w", err)
 		}
 	} else if _, err := os.Stat(filepath.Join(dir, "VERSION")); err != nil {
@@ -70,6 +74,10 @@ func checkVersion(dir string, create bool) error {
 			if e.Name() != "lock" && e.Name() != "VERSION.tmp" { // what a crash in its first moment leaves
 				return fmt.Errorf("open state_dir %s: holds %q but no VERSION file: not a knhk state directory, give an empty one", dir, e.Name())
 			}
+		}
+		// Its own name first: a log must not be gone, and begun anew, because nobody synced the directory it stands in.
+		if err := syncDir(filepath.Dir(dir)); err != nil {
+			return fmt.Errorf("sync the directory of state_dir: %w", err)
 		}
 		return writeFile(path, []byte(stateVersion))
 	case err != nil:
@@ -128,6 +136,42 @@ func loadIdentity(dir, prefix, instance string, vkey func(origin string) (string
 	return id, nil
 }
 
+// restorePolicy writes the policy file again if it is not what log.json says: nobody here reads it, but auditors take it.
+func (l *Log) restorePolicy() error {
+	path, want := filepath.Join(l.cfg.Dir, "policy"), policyText(l.id)
+	b, err := os.ReadFile(path)
+	if err == nil && bytes.Equal(b, want) {
+		return nil
+	}
+	l.log.Warn("the policy file is missing or damaged: writing it again", "file", path, "error", err)
+	return writeFile(path, want)
+}
+
+// sameLog says whether the blocks are of the log that log.json names.
+func (l *Log) sameLog() error {
+	if l.chain.Next == 0 {
+		return nil
+	}
+	h, ok, err := l.store.parseHeaderAt(l.chain.Next - 1)
+	switch {
+	case err != nil:
+		return fmt.Errorf("open receipt log: %w", err)
+	case !ok:
+		return fmt.Errorf("open receipt log: %w", missing(l.chain.Next-1))
+	case h.LogID != l.logID || h.Origin != l.id.Origin || h.Instance != l.id.Instance:
+		return fmt.Errorf("open receipt log: the blocks are of log %x (%s, instance %s), log.json says %x (%s, %s): one of them is damaged or another's",
+			h.LogID, h.Origin, h.Instance, l.logID, l.id.Origin, l.id.Instance)
+	}
+	// What Pebble forgets with the end of a damaged manifest is what it flushed last: the first block, or a run of recent ones.
+	from := l.chain.Next - min(l.chain.Next, startHeaders)
+	for _, r := range [][2]uint64{{0, 1}, {from, l.chain.Next}} {
+		if err := l.store.dense(r[0], r[1]); err != nil {
+			return fmt.Errorf("open receipt log: the block store has lost blocks: %w", err)
+		}
+	}
+	return nil
+}
+
 func readIdentity(dir string) (identity, error) {
 	b, err := os.ReadFile(filepath.Join(dir, "log.json"))
 	if err != nil {
@@ -168,6 +212,21 @@ func writeFile(path string, b []byte) error {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return nil
+}
+
+// mkdirAll makes dir and what is missing above it, each durable under its name before the next.
+func mkdirAll(dir string) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	parent := filepath.Dir(dir)
+	if err := mkdirAll(parent); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return syncDir(parent)
 }
 
 func syncDir(dir string) error {

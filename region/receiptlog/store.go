@@ -1,6 +1,7 @@
 package receiptlog
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json/v2"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 	lru "github.com/hashicorp/golang-lru/v2"
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sys/unix"
 
 	"github.com/knhk/sidecar/crypto/receipt"
 )
@@ -93,6 +95,14 @@ func openStore(dir string, log *slog.Logger, fs vfs.FS, readOnly bool) (*store, 
 		// Blocks arrive already compressed and once a second: a small memtable and few files in memory are enough.
 		MemTableSize: 16 << 20,
 	}
+	// Pebble tries a failed flush again and again, without a pause, even while it opens. A full disk will have room again; after any
+	// other failed write or sync the process ends, as with Fatalf.
+	opts.EventListener = &pebble.EventListener{BackgroundError: func(err error) {
+		if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
+			pebbleLog{log}.Fatalf("background work: %v", err)
+		}
+		log.Debug("block store is out of space, trying again", "error", err) // judge says so once
+	}}
 	db, err := pebble.Open(filepath.Join(dir, "blocks"), opts)
 	if err != nil {
 		return nil, fmt.Errorf("open block store: %w", err)
@@ -308,4 +318,22 @@ func (s *store) parseHeaderAt(n uint64) (h *receipt.Header, ok bool, err error) 
 		return nil, true, fmt.Errorf("block %d: %w", n, err)
 	}
 	return h, true, nil
+}
+
+// dense says whether every block from n on and below end has a header.
+func (s *store) dense(n, end uint64) error {
+	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: key(kHeader, n), UpperBound: key(kHeader, end)})
+	if err != nil {
+		return fmt.Errorf("read block store: %w", err)
+	}
+	for it.First(); it.Valid() && bytes.Equal(it.Key(), key(kHeader, n)); it.Next() {
+		n++
+	}
+	if err := errors.Join(it.Error(), it.Close()); err != nil {
+		return fmt.Errorf("read block store: %w", err)
+	}
+	if n < end {
+		return missing(n)
+	}
+	return nil
 }

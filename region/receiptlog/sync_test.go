@@ -52,6 +52,28 @@ func TestFileIsSynced(t *testing.T) {
 	}
 }
 
+// TestNewDirectoryIsSynced: a new state directory is durable under its name before a log is begun in it.
+func TestNewDirectoryIsSynced(t *testing.T) {
+	parent := filepath.Join(t.TempDir(), "parent")
+	dir, fresh := filepath.Join(parent, "state"), filepath.Join(parent, "fresh")
+	if err := os.MkdirAll(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Chmod(dir, 0o777), os.Chmod(parent, 0o300)); err != nil { // what cannot be read cannot be opened to be synced
+		t.Fatal(err)
+	}
+	unprivileged(t, parent)
+	if err := mkdirAll(fresh); err == nil {
+		t.Error("a directory was made, and its name was not synced")
+	}
+	if _, err := os.Lstat(fresh); err != nil {
+		t.Errorf("it failed before there was something to sync: %v", err)
+	}
+	if err := checkVersion(dir, true); err == nil || !strings.Contains(err.Error(), "sync the directory of state_dir") {
+		t.Errorf("a log is begun in a directory whose name was not synced: %v", err)
+	}
+}
+
 // unprivileged has the rest of the test touch files as an ordinary user, to whom dir is given. Root may open anything.
 func unprivileged(t *testing.T, dir string) {
 	t.Helper()

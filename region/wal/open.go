@@ -159,6 +159,9 @@ func (w *WAL) open() error {
 		return err
 	}
 	if isNew {
+		if err := w.cfg.FS.SyncDir(filepath.Dir(w.cfg.Dir)); err != nil { // the directory's own name
+			return err
+		}
 		return w.writeVersion() // last, so that a directory without it never held a record
 	}
 	return nil
@@ -305,26 +308,35 @@ func (w *WAL) reader(number uint64) (fileReader, error) {
 	return fileReader{&reader{f: f, size: min(size, maxSegmentBytes), log: w.id, segment: number}, f}, nil
 }
 
-// recover verifies the segments and takes over what they hold.
-func (w *WAL) recover(numbers []uint64) error {
+// look verifies the segments, and changes nothing.
+func (w *WAL) look(numbers []uint64) (found, error) {
 	all := make([]scanned, len(numbers))
 	for i, n := range numbers {
 		r, err := w.reader(n)
 		if err != nil {
-			return err
+			return found{}, err
 		}
 		all[i], err = scan(r.reader)
 		r.close()
 		if err != nil {
-			return fmt.Errorf("%s: %w", filepath.Join(w.cfg.Dir, segmentName(n)), err)
+			return found{}, fmt.Errorf("%s: %w", filepath.Join(w.cfg.Dir, segmentName(n)), err)
 		}
 	}
 	f, err := assemble(w.cfg.Dir, all, w.boot)
 	if err != nil {
+		return found{}, err
+	}
+	w.rec, w.old, w.files = f.Recovery, f.chain, len(all)
+	return f, nil
+}
+
+// recover verifies the segments and takes over what they hold.
+func (w *WAL) recover(numbers []uint64) error {
+	f, err := w.look(numbers)
+	if err != nil {
 		return err
 	}
-	w.rec, w.old = f.Recovery, f.chain
-	w.next, w.last, w.files = f.Next, f.last, len(all)
+	w.next, w.last = f.Next, f.last
 	w.released, w.pinned = f.First, f.First
 	w.segs, w.blank = slices.Clone(f.chain[:len(f.chain)-1]), f.blank
 	end := f.chain[len(f.chain)-1]

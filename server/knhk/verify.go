@@ -159,8 +159,9 @@ func fsckCmd() *cobra.Command {
 		Use:   "fsck STATE_DIR",
 		Short: "Audit a state directory",
 		Long: `Audit a state directory that no knhk serves from: the checkpoint's signatures, every leaf and tile of the log, the chain
-of headers, and every record of every block against its header. It changes nothing. To audit a running knhk, give it a
-copy taken while it was stopped, or a snapshot of its volume.
+of headers, every record of every block against its header, evidence, indices and the write-ahead log, and that every record
+ever numbered is there or declared lost. It changes nothing. To audit a running knhk, give it a copy taken while it was
+stopped, or a snapshot of its volume.
 
 Exit code 1 if anything is wrong; every problem is named.`,
 		Args: args(cobra.ExactArgs(1)),
@@ -186,8 +187,8 @@ Exit code 1 if anything is wrong; every problem is named.`,
 					fmt.Fprintf(out, "WRONG %s: %s\n", p.Where, p.What)
 				}
 				fmt.Fprintf(out, "%s: %d leaves signed: %d headers of %d incarnations, %d key statements; %d blocks with %d decisions and "+
-					"%d outcomes; %d blocks not signed yet; %d problems\n", r.Origin, r.CheckpointSize, r.Headers, r.Incarnations, r.KeyStatements,
-					r.Blocks, r.Decisions, r.Outcomes, r.Unlogged, len(r.Problems))
+					"%d outcomes; %d blocks not signed yet; %d records not in a block yet; %d problems\n", r.Origin, r.CheckpointSize, r.Headers, r.Incarnations, r.KeyStatements,
+					r.Blocks, r.Decisions, r.Outcomes, r.Unlogged, r.Unsealed, len(r.Problems))
 			}
 			if len(r.Problems) > 0 {
 				return errSaid
