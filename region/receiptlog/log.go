@@ -429,7 +429,7 @@ func (s guardedSigner) Sign(msg []byte) ([]byte, error) {
 }
 
 // Outcome records what became of the transaction id. It does not wait for the disk: the record goes out with the next decision
-// that does, or within a tenth of a second. A process that dies before takes it along, and its decision gets the outcome
+// that does, or within 10 ms. A process that dies before takes it along, and its decision gets the outcome
 // "unknown" at the restart. ErrNotFound when this replica knows no
 // such decision; a second outcome for one decision is dropped and counted, unless the first was "unknown".
 func (l *Log) Outcome(ctx context.Context, id string, o *policy.Outcome) error {

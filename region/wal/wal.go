@@ -41,7 +41,7 @@ const (
 	DefaultSegmentBytes   = 64 << 20
 	DefaultMaxBytes       = 1 << 30
 	DefaultMaxRecordBytes = 64 << 10
-	DefaultSyncEvery      = 100 * time.Millisecond
+	DefaultSyncEvery      = 10 * time.Millisecond
 	DefaultAhead          = 1 << 16
 
 	minSegmentBytes = 16 << 10
@@ -66,7 +66,8 @@ type Config struct {
 	// and 512 KiB. An append wants this much room, since it cannot know the record's size before fn has made it.
 	MaxRecordBytes int
 	// SyncEvery bounds how long a Written record stays unsynced, and a Queued one unwritten, while Run runs; it is also the
-	// delay after which an idle log notes what is durable. Default 100 ms.
+	// delay after which an idle log notes what is durable. Default 10 ms: what gathers for longer makes each sync long, and
+	// appends wait behind it.
 	SyncEvery time.Duration
 	// Ahead is how many sequence numbers may be handed out beyond the last sync. It bounds Recovery's lost range. Default
 	// 65536. Appends get ErrFull at the end of it, others a little before urgent ones.
