@@ -182,3 +182,23 @@ func TestGuardStreams(t *testing.T) {
 		t.Errorf("%d streams counted", g.open.Load()-maxOpen)
 	}
 }
+
+// BenchmarkGuard is what the guard adds to a request: a stream, a message, and the reads they came with.
+func BenchmarkGuard(b *testing.B) {
+	g := newGuard(slog.New(slog.DiscardHandler))
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		c := g.admit(&sink{})
+		buf, f := make([]byte, 512), &envoywire.Frame{}
+		ss := streamOf(c, func(any) error { return nil })
+		recv := func(_ any, ss grpc.ServerStream) error { return ss.RecvMsg(f) }
+		for pb.Next() {
+			if _, err := c.Read(buf); err != nil {
+				b.Error(err)
+			}
+			if err := g.stream(nil, ss, nil, recv); err != nil {
+				b.Error(err)
+			}
+		}
+	})
+}
