@@ -37,7 +37,10 @@ const (
 	calm   = 400 * time.Millisecond // a quiet phase
 	storm  = 600 * time.Millisecond // an attack lasts as long as its work, at least this
 	phases = 3                      // of each kind in a round
-	floor  = 5 * time.Millisecond   // of noise, which p99 may always differ by
+	// If the medians of so many phases are too far apart, there are more, and the medians are those of all: what the neighbours on
+	// the machine do in one phase or two goes under, what an attack does stays.
+	morePhases = 9
+	floor      = 5 * time.Millisecond // of noise, which p99 may always differ by
 )
 
 // good sends requests through Envoy at a fixed pace until ctx ends and returns their times.
@@ -162,6 +165,12 @@ func (sum *seen) attack(t *testing.T, s *stack.Stack, do func(*round) error, rng
 	return p99(res.times)
 }
 
+// over says whether a good client's p99 is too high under attack.
+func over(calms, storms []time.Duration) bool {
+	before := median(calms)
+	return median(storms) > max(2*before, before+floor)
+}
+
 func median(d []time.Duration) time.Duration {
 	d = slices.Clone(d)
 	slices.Sort(d)
@@ -242,23 +251,24 @@ func TestHostilePeers(t *testing.T) {
 				resetPeak(s)
 				sum := seen{least: 1 << 62}
 				calms, storms := []time.Duration{quiet(t)}, []time.Duration(nil)
-				for range phases {
+				for n := 0; n < phases || n < morePhases && over(calms, storms); n++ {
 					storms = append(storms, sum.attack(t, s, do, run.Rand()))
 					calms = append(calms, quiet(t))
 				}
+				n := int64(len(storms))
 				// Seen by the attacker (written and taken, or what it was told) and by the server's own counts.
 				ok, how := sum.sent > 0 && sum.told > 0, "attacker: sent, and RST_STREAM, GOAWAY or the end of the connection received"
 				switch f.Name {
 				case "peers/slow-readers":
 					ok, how = sum.least > usual+100, "goroutines of knhk during the attack"
 				case "peers/mute-streams", "peers/idle-streams":
-					ok, how = sum.least > usual+int(sum.sent)/phases/2, "goroutines of knhk during the attack"
+					ok, how = sum.least > usual+int(sum.sent/n)/2, "goroutines of knhk during the attack"
 				case "peers/unfinished":
-					ok, how = ok && sum.sent > phases*8<<20, "attacker: more than 8 MiB of unfinished messages written, connections ended"
+					ok, how = ok && sum.sent > n*8<<20, "attacker: more than 8 MiB of unfinished messages written, connections ended"
 				case "peers/unfinished-bytes":
-					ok, how = sum.sent > phases*400_000 && sum.least >= usual+50, "attacker: frames written; goroutines of knhk during the attack"
+					ok, how = sum.sent > n*400_000 && sum.least >= usual+50, "attacker: frames written; goroutines of knhk during the attack"
 				case "peers/half-preface":
-					ok, how = sum.sent == phases*500 && logged(s, "refused_connections"), "attacker: connections opened; knhk's log"
+					ok, how = sum.sent == n*500 && logged(s, "refused_connections"), "attacker: connections opened; knhk's log"
 				case "peers/rapid-reset", "peers/garbage", "peers/one-byte-frames":
 					ok, how = events(t, s)-eventsBefore >= float64(sum.sent)/1000, "knhk_extproc_events_total empty and malformed"
 				case "peers/control-floods":
@@ -272,7 +282,7 @@ func TestHostilePeers(t *testing.T) {
 					t.Errorf("%d MiB resident, of %d", rss>>20, rssCap>>20)
 				}
 				before, during := median(calms), median(storms)
-				if during > max(2*before, before+floor) {
+				if over(calms, storms) {
 					t.Errorf("p99 of a good client: %v under attack, %v without (medians of %v and %v)", during, before, storms, calms)
 				}
 				harness.Eventually(t, "goroutines are back to usual", func() bool { return goroutines(t, s) <= usual+150 })
