@@ -262,13 +262,13 @@ var attacks = map[string]func(*round) error{
 		return r.headerList()
 	},
 	"peers/unfinished": func(r *round) error { // each message lacks its last byte
-		for range 9 {
+		for range 8 {
 			a, err := r.dial(true)
 			if err != nil {
 				return err
 			}
 			var ids []uint32
-			for range 500 {
+			for range 200 {
 				id, err := a.open(extProc, false)
 				if err != nil {
 					return err
@@ -276,7 +276,7 @@ var attacks = map[string]func(*round) error{
 				if err := a.fr.WriteData(id, false, prefix(0, maxMessage-1)); err != nil {
 					return err
 				}
-				if ids = append(ids, id); len(ids)%100 == 0 {
+				if ids = append(ids, id); len(ids)%50 == 0 {
 					if err := a.w.Flush(); err != nil {
 						return err
 					}
@@ -303,7 +303,7 @@ var attacks = map[string]func(*round) error{
 				if a.w.Flush() != nil {
 					break
 				}
-				if i%4 == 3 {
+				if i%2 == 1 {
 					r.breathe()
 				}
 			}
