@@ -44,15 +44,18 @@ import (
 )
 
 // Measured through Envoy on two cores: 64 stream workers save the growth of a new stack for each request, large buffers save
-// system calls.
+// system calls. What peers of the Envoy-facing listener can take at worst, all of them together, is bounded in guard.go: 509 MiB.
 const (
 	streamWorkers  = 64
 	ioBuffer       = 128 << 10
 	streamWindow   = 64 << 10 // of HTTP/2 flow control, fixed: what grpc-go does to find a better one costs a ping in every round trip
 	connWindow     = 1 << 20
-	maxStreams     = 1000    // per connection; Envoy opens more connections
-	maxMessage     = 4 << 20 // an access log message; ext_proc messages are far smaller
-	maxHeaderList  = 64 << 10
+	maxStreams     = 1000             // per connection; Envoy opens more connections
+	maxMessage     = 256 << 10        // headers, at most 60 KiB, may stand in a message twice, beside 32 KiB of body or 16 KiB of log
+	maxMetadata    = 16 << 10         // of a stream's own header fields
+	maxHeaderList  = 64 << 10         // of the other listeners
+	pingEvery      = 30 * time.Second // of a silent connection; one that does not answer within pingTimeout is closed
+	pingTimeout    = 20 * time.Second
 	minKeepalive   = 10 * time.Second
 	connectTimeout = 10 * time.Second
 	healthPoll     = 100 * time.Millisecond
@@ -76,6 +79,7 @@ type Server struct {
 	http      []*http.Server
 	active    atomic.Int64 // ext_proc streams open now
 	stopping  atomic.Bool
+	guard     *guard
 
 	listeners []net.Listener
 }
@@ -87,7 +91,7 @@ func New(ctx context.Context, path string, log *slog.Logger) (_ *Server, err err
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{path: path, log: log}
+	s := &Server{path: path, log: log, guard: newGuard(log)}
 	s.cfg.Store(cfg)
 	defer func() {
 		if err != nil {
@@ -150,15 +154,17 @@ func (s *Server) buildGRPC() error {
 		grpc.ForceServerCodecV2(envoywire.Codec{}),
 		grpc.NumStreamWorkers(streamWorkers), grpc.ReadBufferSize(ioBuffer), grpc.WriteBufferSize(ioBuffer),
 		grpc.StaticStreamWindowSize(streamWindow), grpc.StaticConnWindowSize(connWindow),
-		grpc.MaxConcurrentStreams(maxStreams), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxHeaderListSize(maxHeaderList),
+		grpc.MaxConcurrentStreams(maxStreams), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxHeaderListSize(maxMetadata),
 		grpc.ConnectionTimeout(connectTimeout),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minKeepalive, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout}),
+		grpc.UnaryInterceptor(s.guard.unary),
 		grpc.StreamInterceptor(func(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, h grpc.StreamHandler) error {
 			if srv == ext {
 				s.active.Add(1)
 				defer s.active.Add(-1)
 			}
-			return h(srv, ss)
+			return s.guard.stream(srv, ss, info, h)
 		}),
 	)
 	ext.Register(s.grpc)
@@ -245,7 +251,8 @@ func (s *Server) Run(ctx context.Context) error {
 	serving, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g, serving := errgroup.WithContext(serving)
-	g.Go(func() error { return s.grpc.Serve(s.listeners[0]) })
+	g.Go(func() error { return s.grpc.Serve(guardedListener{s.listeners[0], s.guard}) })
+	g.Go(func() error { return s.guard.run(serving) })
 	for i, srv := range s.http {
 		if ln := s.listeners[i+1]; ln != nil {
 			g.Go(func() error {

@@ -453,8 +453,8 @@ func TestLongWebsocket(t *testing.T) {
 			t.Fatalf("%v", list)
 		}
 		o := list[0].Outcomes[0]
-		if o.Status != 101 || o.Source == "als" && (o.BytesIn < size || o.BytesOut < size) {
-			t.Errorf("%v: %d bytes in, %d out", list[0], o.BytesIn, o.BytesOut)
+		if o.Status != 101 || o.Source == "als" && (o.BytesIn < size || o.BytesOut < size || o.DurationNS == 0) {
+			t.Errorf("%v: %d bytes in, %d out, %d ns", list[0], o.BytesIn, o.BytesOut, o.DurationNS)
 		}
 	})
 }

@@ -348,7 +348,26 @@ func TestOutcome(t *testing.T) {
 	if id != testID || got != want {
 		t.Errorf("got %s %+v\nwant %s %+v", id, got, testID, want)
 	}
+	// A response whose last byte was never sent: so an HTTP/3 client that leaves looks, before the response too.
 	e := logEntry()
+	e.CommonProperties.TimeToLastDownstreamTxByte, e.CommonProperties.ResponseFlags = nil, nil
+	if _, got = read(e); got.Result != policy.ResultAborted || got.Duration != 1600*time.Microsecond {
+		t.Errorf("without an end: %+v", got)
+	}
+	e.Response.ResponseCodeDetails = ""
+	if _, got = read(e); got.Result != policy.ResultAborted {
+		t.Errorf("without a response: %+v", got)
+	}
+	// Where details or flags say how it ended, they are right; an Envoy that tells no times tells nothing by leaving them out.
+	e.CommonProperties.ResponseFlags = &datav3.ResponseFlags{DownstreamConnectionTermination: true}
+	if _, got = read(e); got.Result != policy.ResultClientAbort {
+		t.Errorf("with a flag: %+v", got)
+	}
+	e.CommonProperties.ResponseFlags, e.CommonProperties.Duration = nil, nil
+	if _, got = read(e); got.Result != policy.ResultUnknown {
+		t.Errorf("without times: %+v", got)
+	}
+	e = logEntry()
 	e.Response.ResponseCodeDetails = strings.Repeat("d", 127) + "é"
 	e.Response.ResponseHeaders["cache-status"] = strings.Repeat("é", 200)
 	e.CommonProperties.TimeToLastDownstreamTxByte = &durationpb.Duration{Seconds: -1}

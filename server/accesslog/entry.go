@@ -67,11 +67,18 @@ func (e *record) outcome(n names) (id string, o policy.Outcome) {
 		Attempts:     e.attempts,
 		BytesIn:      e.requestBytes,
 		BytesOut:     e.responseBytes,
-		Duration:     e.duration.Duration(),
+		Duration:     e.lastByte.Duration(),
 		CacheStatus:  string(clip(e.cacheStatus, maxCacheStatus)),
 	}
 	if envoywire.ServedByUpstream(details) {
 		o.UpstreamStatus = o.Status
+	}
+	if e.lastByte == (duration{}) { // the response did not reach its end, or there was none
+		o.Duration = e.duration.Duration()
+		// Envoy 1.40 says nothing else of an HTTP/3 client that leaves: no flag, and no details but those of the upstream's answer.
+		if e.flags == 0 && e.duration != (duration{}) && (details == "" || details == "via_upstream") {
+			o.Result = policy.ResultAborted
+		}
 	}
 	return string(e.receipt), o
 }

@@ -64,7 +64,8 @@ type record struct {
 	attempts     uint32
 	intermediate bool
 	logType      int32
-	duration     duration // time_to_last_downstream_tx_byte
+	lastByte     duration // time_to_last_downstream_tx_byte
+	duration     duration
 	// request
 	method       int32
 	authority    []byte
@@ -114,19 +115,21 @@ func (e *record) scanCommon(b []byte) error {
 	r := envoywire.NewReader(b)
 	for r.Next() {
 		switch r.Num {
-		case 12, 13, 16, 17:
+		case 12, 13, 16, 17, 23:
 			if !r.IsMessage(r.Num) {
 				continue
 			}
 			switch r.Num {
 			case 12:
-				r.Fail(e.duration.scan(r.Bytes))
+				r.Fail(e.lastByte.scan(r.Bytes))
 			case 13:
 				r.Fail(e.remote.scan(r.Bytes))
 			case 16:
 				r.Fail(e.flags.Scan(r.Bytes))
 			case 17:
 				r.Fail(e.scanMetadata(r.Bytes))
+			case 23:
+				r.Fail(e.duration.scan(r.Bytes))
 			}
 		case 15:
 			r.Text(&e.cluster)

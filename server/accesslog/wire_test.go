@@ -25,8 +25,8 @@ type sawEntry struct {
 	attempts                                    uint32
 	intermediate                                bool
 	logType, method                             int32
-	seconds                                     int64
-	nanos                                       int32
+	seconds, durationSeconds                    int64
+	nanos, durationNanos                        int32
 	authority, path, requestID, cache, details  string
 	requestBytes, responseBytes                 uint64
 	status                                      uint32
@@ -36,7 +36,8 @@ func scannedEntry(e *record) sawEntry {
 	return sawEntry{
 		remote: fmt.Sprintf("%d %q %d %q", e.remote.kind, e.remote.host, e.remote.port, e.remote.namedPort), cluster: string(e.cluster),
 		flags: e.flags.String(), receipt: string(e.receipt), gap: string(e.gap), route: string(e.route), attempts: e.attempts,
-		intermediate: e.intermediate, logType: e.logType, method: e.method, seconds: e.duration.seconds, nanos: e.duration.nanos,
+		intermediate: e.intermediate, logType: e.logType, method: e.method, seconds: e.lastByte.seconds, nanos: e.lastByte.nanos,
+		durationSeconds: e.duration.seconds, durationNanos: e.duration.nanos,
 		authority: string(e.authority), path: string(e.path), requestID: string(e.requestID), cache: string(e.cacheStatus),
 		details: string(e.details), requestBytes: e.requestBytes, responseBytes: e.responseBytes, status: e.status,
 	}
@@ -59,7 +60,8 @@ func decodedEntry(p *datav3.HTTPAccessLogEntry) sawEntry {
 		remote: remote, cluster: c.GetUpstreamCluster(), route: c.GetRouteName(), attempts: c.GetUpstreamRequestAttemptCount(),
 		receipt: meta[keyReceipt].GetStringValue(), gap: meta[keyGap].GetStringValue(),
 		intermediate: c.GetIntermediateLogEntry(), logType: int32(c.GetAccessLogType()), method: int32(req.GetRequestMethod()),
-		seconds: d.GetSeconds(), nanos: d.GetNanos(), authority: req.GetAuthority(), path: req.GetPath(), requestID: req.GetRequestId(),
+		seconds: d.GetSeconds(), nanos: d.GetNanos(), durationSeconds: c.GetDuration().GetSeconds(), durationNanos: c.GetDuration().GetNanos(),
+		authority: req.GetAuthority(), path: req.GetPath(), requestID: req.GetRequestId(),
 		cache: resp.GetResponseHeaders()["cache-status"], details: resp.GetResponseCodeDetails(),
 		requestBytes: req.GetRequestBodyBytes(), responseBytes: resp.GetResponseBodyBytes(), status: resp.GetResponseCode().GetValue(),
 	}
@@ -165,6 +167,7 @@ func logEntry() *datav3.HTTPAccessLogEntry {
 		CommonProperties: &datav3.AccessLogCommon{
 			DownstreamRemoteAddress: socket("10.0.0.7", 53150), DownstreamLocalAddress: socket("10.0.0.1", 443),
 			TimeToLastRxByte: durationpb.New(time.Microsecond), TimeToLastDownstreamTxByte: durationpb.New(1500 * time.Microsecond),
+			Duration:              durationpb.New(1600 * time.Microsecond),
 			UpstreamRemoteAddress: socket("10.1.1.1", 8080), UpstreamLocalAddress: socket("10.0.0.1", 40000), UpstreamCluster: "cart-v2",
 			ResponseFlags: &datav3.ResponseFlags{UpstreamRetryLimitExceeded: true},
 			Metadata: &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{

@@ -289,6 +289,18 @@ func TestNeverEndsClean(t *testing.T) {
 	}
 }
 
+// TestTalksTooMuch: a stream has a bounded number of messages, whatever they are.
+func TestTalksTooMuch(t *testing.T) {
+	s, err := New(Config{Admitter: &admitter{}, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &fakeStream{ctx: t.Context(), frames: make([][]byte, 10*maxMessages), err: io.EOF}
+	if err := s.process(f); status.Code(err) != codes.ResourceExhausted || len(f.answers) != maxMessages {
+		t.Errorf("call ended with %v after %d answers", err, len(f.answers))
+	}
+}
+
 // TestPanicOwesARecord: a request that waited for its body when the stream broke in our hands is still accounted for.
 func TestPanicOwesARecord(t *testing.T) {
 	frame, err := proto.Marshal(request(buffered, false, "content-length", "3"))

@@ -21,6 +21,12 @@ var (
 	errFault = status.Error(codes.Internal, "internal fault")
 )
 
+// maxMessages is how many messages a stream may have. Envoy sends six at most, one for each phase; who sends more and does not read the
+// answers would have us keep them.
+const maxMessages = 64
+
+var errTalk = status.Error(codes.ResourceExhausted, "too many messages in a stream")
+
 // errSend stands for a stream that ended before our answer could be sent.
 var errSend = errors.New("answer not sent")
 
@@ -71,8 +77,12 @@ func (s *Server) process(ss grpc.ServerStream) (err error) {
 		st.req = policy.Request{}
 		s.streams.Put(st)
 	}()
-	for {
-		if err := ss.RecvMsg(&st.in); err != nil {
+	for n := 0; ; n++ {
+		err := errTalk
+		if n < maxMessages {
+			err = ss.RecvMsg(&st.in)
+		}
+		if err != nil {
 			st.end(ctx, err)
 			if errors.Is(err, io.EOF) || status.Code(err) == codes.Canceled {
 				return errEnded
