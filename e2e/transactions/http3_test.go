@@ -23,8 +23,8 @@ import (
 	"github.com/quic-go/quic-go/http3"
 	"go.yaml.in/yaml/v3"
 
-	"github.com/knhk/sidecar/e2e/harness"
 	"github.com/knhk/sidecar/e2e/audited"
+	"github.com/knhk/sidecar/e2e/harness"
 	"github.com/knhk/sidecar/e2e/stack"
 )
 
