@@ -177,7 +177,7 @@ func TestNothingIsSealedAheadOfTheWAL(t *testing.T) {
 	f.cfg.SealEvery = time.Hour
 	l := f.open()
 	f.decide(wal.Durable, "a")
-	eventually(t, "a quiet WAL", func() bool { s := l.wal.Stats(); return s.Durable == s.Next })
+	quietWAL(t, f, fs)
 	fs.FailNth(waltest.OpSync, 1, waltest.Fault{Err: errors.New("input/output error")})
 	f.decide(wal.Written, "b")
 	eventually(t, "the fault", func() bool { return l.wal.Err() != nil })
