@@ -28,7 +28,8 @@ import (
 //
 // Bytes are counted as they come off the socket and taken off when a message is complete, so that unfinished messages, unread windows,
 // endless header blocks and floods of control frames count alike. DATA frames of one byte cost gRPC some ten times what they
-// count. The garbage collector is told to work harder from memoryLimit on.
+// count, and what a peer finishes earns it credit: one that mixes many small messages with unfinished ones is held by flow control
+// alone, 64 MiB a connection. The garbage collector is told to work harder from memoryLimit on.
 const (
 	maxConns     = 256
 	maxOpen      = 16_384    // streams
@@ -194,7 +195,7 @@ type guarded struct {
 	grpc.ServerStream
 	c     *peerConn
 	tick  uint32
-	spoke bool
+	spoke atomic.Bool // at a drain the access log's reader may still be at it when its stream ends
 }
 
 func (s *guarded) RecvMsg(m any) error {
@@ -207,8 +208,7 @@ func (s *guarded) RecvMsg(m any) error {
 		n += len(f.Bytes())
 	}
 	s.c.settle(n)
-	if !s.spoke {
-		s.spoke = true
+	if !s.spoke.Load() && s.spoke.CompareAndSwap(false, true) {
 		s.c.mutes[s.tick].Add(-1)
 		if !s.c.spoke.Load() {
 			s.c.spoke.Store(true)
@@ -219,7 +219,7 @@ func (s *guarded) RecvMsg(m any) error {
 
 func (s *guarded) end() {
 	s.c.settle(streamCredit)
-	if !s.spoke {
+	if s.spoke.CompareAndSwap(false, true) {
 		s.c.mutes[s.tick].Add(-1)
 	}
 }

@@ -121,11 +121,21 @@ func (w *site) mounted(dir string) {
 	})
 }
 
-// needRoot skips a test that mounts.
+// needRoot skips a test that mounts, and fails it where nothing may be skipped.
 func needRoot(t *testing.T) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: it mounts a file system")
+	need(t, os.Geteuid() == 0, "needs root: it mounts a file system")
+}
+
+// need skips a test that lacks something; with CI=true it fails.
+func need(t *testing.T, have bool, what string) {
+	t.Helper()
+	switch {
+	case have:
+	case os.Getenv("CI") == "true":
+		t.Fatal(what)
+	default:
+		t.Skip(what)
 	}
 }
 
@@ -319,9 +329,8 @@ func TestFailedSync(t *testing.T) {
 // token is back everything is signed and requests are admitted.
 func TestTokenAway(t *testing.T) {
 	t.Parallel()
-	if _, ok := softhsm.Find(); !ok {
-		t.Skip("needs SoftHSM")
-	}
+	_, ok := softhsm.Find()
+	need(t, ok, "needs SoftHSM")
 	unsigned := refusal{503, "unsigned_too_long"}
 	each(t, "token-away", stack.Config{YAML: logOf("max_unsigned: 2s")}, func(w *site) {
 		w.startKnhk("")

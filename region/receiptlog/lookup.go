@@ -64,8 +64,9 @@ func (l *Log) find(uuid [16]byte) (decision *found, outcomes []*found, err error
 		}
 	}
 	outcomes, err = l.findOutcomes(uuid, decision.block)
+	sealed := len(outcomes)
 	for _, o := range open {
-		if len(outcomes) == 0 || outcomes[len(outcomes)-1].block < o.block { // not committed while we looked
+		if sealed == 0 || outcomes[sealed-1].block < o.block { // not committed while we looked
 			outcomes = append(outcomes, o)
 		}
 	}

@@ -84,6 +84,9 @@ func (p *pendingSet) putBack(uuid [16]byte, ref pendingRef) {
 	if !ref.stored {
 		p.mu.Lock()
 		defer p.mu.Unlock()
+		if n := len(p.returned); n > 0 && p.returned[n-1].uuid == uuid {
+			return // tried again, and again
+		}
 		p.returned = append(p.returned, openDecision{uuid, ref.block, ref.pos})
 	}
 }
@@ -194,13 +197,13 @@ func (l *Log) loadPendingOf(n uint64) error {
 	}
 	var open []openDecision
 	if err := l.store.each(n, h.Count, func(pos uint32, leaf []byte) error {
-		if !bytes.HasPrefix(leaf, []byte(receipt.DecisionPrefix)) {
-			l.pending.claim(leafUUID(leaf))
-			return nil
-		}
 		uuid := leafUUID(leaf)
 		if uuid == ([16]byte{}) {
 			return fmt.Errorf("block %d: record %d is damaged", n, pos)
+		}
+		if !bytes.HasPrefix(leaf, []byte(receipt.DecisionPrefix)) {
+			l.pending.claim(uuid)
+			return nil
 		}
 		open = append(open, openDecision{uuid, n, pos})
 		l.pending.put(uuid, pendingRef{at: receipt.IDTime(uuid), block: n, pos: pos, stored: l.pending.stored(uuid)})

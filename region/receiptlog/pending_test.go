@@ -3,6 +3,7 @@ package receiptlog
 import (
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -91,6 +92,23 @@ func TestPendingPutBack(t *testing.T) {
 	l = f.open()
 	if n := l.Stats().Pending; n != 1 {
 		t.Errorf("%d decisions are pending, want one", n)
+	}
+}
+
+// TestOneLateOutcome: after "unknown" one outcome is taken, also while both stand in a block that is not committed yet.
+func TestOneLateOutcome(t *testing.T) {
+	f := newFixture(t)
+	f.cfg.SealEvery = time.Hour
+	l := f.open()
+	id := f.decide(wal.Durable, "r")
+	if err := l.expire(t.Context(), [][16]byte{mustUUID(t, id)}, "a test"); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		f.outcome(id, 200)
+	}
+	if s := l.Stats(); s.LateOutcomes != 1 || s.DuplicateOutcomes != 2 {
+		t.Errorf("%d late and %d repeated outcomes, want 1 and 2", s.LateOutcomes, s.DuplicateOutcomes)
 	}
 }
 

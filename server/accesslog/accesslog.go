@@ -255,7 +255,7 @@ func (st *stream) message(ctx context.Context) {
 		return
 	}
 	if st.batch.identified && !st.opened {
-		st.node, st.opened = string(st.batch.node), true
+		st.node, st.opened = string(clip(st.batch.node, maxNode)), true
 		st.guard(ctx, func() { st.srv.sink.LogStream(st.node, StreamOpened) })
 	}
 	if st.batch.tcp {

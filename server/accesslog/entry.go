@@ -19,6 +19,7 @@ const (
 	maxDetails     = 128
 	maxCacheStatus = 256
 	maxPath        = 256
+	maxNode        = 256
 )
 
 // ended reports whether the entry is about a transaction that is over. Envoy can be set to write entries at the begin of a
