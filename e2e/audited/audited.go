@@ -6,7 +6,6 @@
 package audited
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -17,7 +16,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -53,31 +51,12 @@ type World struct {
 	IDs map[string][]string
 }
 
-// Directory makes a directory for a stack, kept when the test fails. Not t.TempDir: its path is too long for a unix socket.
-func Directory(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "knhk-e2e-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("files are kept in %s", dir)
-			return
-		}
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
-	})
-	return dir
-}
-
 // Prepare makes a stack of which nothing but the upstream runs yet.
 func Prepare(t *testing.T, cfg stack.Config) *World {
 	t.Helper()
 	harness.RequireEnvoy(t)
 	if cfg.Dir == "" {
-		cfg.Dir = Directory(t)
+		cfg.Dir = harness.Directory(t, "")
 	}
 	s, err := stack.New(t.Context(), cfg)
 	if err != nil {
@@ -298,48 +277,8 @@ func (w *World) Until(what string, ok func() bool) {
 	})
 }
 
-// Series is /metrics, by name and labels as they stand there.
-type Series map[string]float64
-
-// Sum adds every series of a metric that has all labels; a label is name="value".
-func (m Series) Sum(name string, labels ...string) (total float64) {
-next:
-	for k, v := range m {
-		n, rest, _ := strings.Cut(k, "{")
-		if n != name {
-			continue
-		}
-		for _, l := range labels {
-			if !strings.Contains(rest, l) {
-				continue next
-			}
-		}
-		total += v
-	}
-	return total
-}
-
 // Metrics reads knhk's /metrics.
-func (w *World) Metrics() (Series, error) {
-	code, body, err := HTTPGet(w.t.Context(), "http://"+w.Admin+"/metrics")
-	if err != nil || code != http.StatusOK {
-		return nil, fmt.Errorf("metrics: %d: %w", code, err)
-	}
-	m := Series{}
-	for sc := bufio.NewScanner(bytes.NewReader(body)); sc.Scan(); {
-		line := sc.Text()
-		i := strings.LastIndexByte(line, ' ')
-		if i < 0 || strings.HasPrefix(line, "#") {
-			continue
-		}
-		v, err := strconv.ParseFloat(line[i+1:], 64)
-		if err != nil {
-			return nil, fmt.Errorf("metrics: %q: %w", line, err)
-		}
-		m[line[:i]] = v
-	}
-	return m, nil
-}
+func (w *World) Metrics() (harness.Series, error) { return harness.Metrics(w.t.Context(), w.Admin) }
 
 // Metric is one sum of metrics now; the test fails if it cannot be read.
 func (w *World) Metric(name string, labels ...string) float64 {

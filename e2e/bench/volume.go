@@ -8,7 +8,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -129,13 +128,15 @@ func newVolume(ctx context.Context, dir string, n int, progress io.Writer) (*vol
 	v.CPUSmall, _ = summary(small)
 	v.Ratio = round(v.CPULarge / v.CPUSmall)
 	state := filepath.Join(dir, "large", "state")
-	if v.BlockBytes, err = treeBytes(filepath.Join(state, "blocks")); err != nil {
+	blocks, err := harness.FilesIn(filepath.Join(state, "blocks"))
+	if err != nil {
 		return nil, err
 	}
-	if v.LogBytes, err = treeBytes(filepath.Join(state, "log")); err != nil {
+	tiles, err := harness.FilesIn(filepath.Join(state, "log"))
+	if err != nil {
 		return nil, err
 	}
-	v.BlockBytes, v.LogBytes = round(v.BlockBytes/float64(n)), round(v.LogBytes/float64(n))
+	v.BlockBytes, v.LogBytes = round(blocks.Bytes/float64(n)), round(tiles.Bytes/float64(n))
 	fmt.Fprintln(progress, "restart, export")
 	if err := v.serve(ctx, knhk, filepath.Join(dir, "large"), admin); err != nil {
 		return nil, err
@@ -187,9 +188,11 @@ func (v *volume) serve(ctx context.Context, knhk, dir, admin string) error {
 		return err
 	}
 	v.ExportSeconds, v.ExportRSS = round(export.wall.Seconds()), round(export.rss)
-	if v.ServeRSS, err = peakRSS(p.PID()); err != nil {
+	peak, err := p.PeakRSS()
+	if err != nil {
 		return err
 	}
+	v.ServeRSS = round(float64(peak) / (1 << 20))
 	return p.Stop(ctx)
 }
 
@@ -213,35 +216,6 @@ func timed(ctx context.Context, env []string, name string, args ...string) (took
 }
 
 func tail(b []byte) []byte { return b[max(0, len(b)-2000):] }
-
-// peakRSS reads VmHWM (proc(5)), in MB.
-func peakRSS(pid int) (float64, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0, err
-	}
-	for line := range strings.Lines(string(b)) {
-		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
-			kib, err := strconv.ParseFloat(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(rest), "kB")), 64)
-			return round(kib / 1024), err
-		}
-	}
-	return 0, errors.New("no VmHWM")
-}
-
-func treeBytes(dir string) (n float64, err error) {
-	err = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		i, err := d.Info()
-		if err == nil {
-			n += float64(i.Size())
-		}
-		return err
-	})
-	return n, err
-}
 
 // fill makes a log with n receipts in a process of its own, so that its processor time is its own, and that of the no-op servers,
 // which are this program, is not that of a program with all of knhk in it.

@@ -104,18 +104,7 @@ func lap(t *testing.T, run *fault.Run, capture string, rounds int, rng *rand.Ran
 // prepare makes a stack, of which only the upstream runs, and cleans up after it.
 func prepare(t *testing.T, run *fault.Run, cfg stack.Config, rng *rand.Rand) *victim {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "knhk-crash-") // not t.TempDir: its path is too long for a unix socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("files are kept in %s", dir)
-		} else if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
-	})
-	cfg.Dir = dir
+	cfg.Dir = harness.Directory(t, "")
 	s, err := stack.New(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)

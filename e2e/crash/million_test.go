@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
+	"math"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -101,10 +101,10 @@ func TestRestartMillion(t *testing.T) {
 		t.Errorf("fsck counts %d decisions, want at least %d", r.Decisions, want)
 	}
 	run.Add("receipts", float64(r.Decisions))
-	if n, err := diskUse(v.StateDir); err != nil {
+	if files, err := harness.FilesIn(v.StateDir); err != nil {
 		t.Error(err)
 	} else {
-		run.Max("state directory, MiB", float64(n>>20))
+		run.Max("state directory, MiB", math.Floor(files.Bytes/(1<<20)))
 	}
 }
 
@@ -169,19 +169,4 @@ func fillOne(ctx context.Context, l *receiptlog.Log, i uint64) error {
 		return l.Outcome(ctx, d.ID, &policy.Outcome{Source: "als", Result: policy.ResultComplete, Status: 200, UpstreamStatus: 200,
 			Details: "via_upstream", Cluster: "up", UpstreamHost: "192.0.2.2:80", Attempts: 1, BytesOut: 2000, Duration: 3 * time.Millisecond})
 	}
-}
-
-// diskUse is the bytes of the files below dir.
-func diskUse(dir string) (n int64, err error) {
-	err = filepath.WalkDir(dir, func(_ string, d os.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		fi, err := d.Info()
-		if err == nil {
-			n += fi.Size()
-		}
-		return err
-	})
-	return n, err
 }

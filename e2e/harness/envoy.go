@@ -74,7 +74,7 @@ func StartEnvoy(ctx context.Context, cfg EnvoyConfig) (*Envoy, error) {
 				return err // not written whole yet
 			}
 			e.admin = string(addr)
-			_, err = get(ctx, "http://"+e.admin+"/ready")
+			_, err = Get(ctx, "http://"+e.admin+"/ready")
 			return err
 		},
 	})
@@ -154,7 +154,7 @@ func (e *Envoy) Admin() string { return e.admin }
 
 // Listener returns host:port that the named listener is bound to.
 func (e *Envoy) Listener(ctx context.Context, name string) (string, error) {
-	body, err := get(ctx, "http://"+e.admin+"/listeners?format=json")
+	body, err := Get(ctx, "http://"+e.admin+"/listeners?format=json")
 	if err != nil {
 		return "", fmt.Errorf("listener %s: %w", name, err)
 	}
@@ -182,7 +182,7 @@ func (e *Envoy) Listener(ctx context.Context, name string) (string, error) {
 
 // Stats returns the counters and gauges whose name matches the regular expression, histograms left out.
 func (e *Envoy) Stats(ctx context.Context, re string) (map[string]uint64, error) {
-	body, err := get(ctx, "http://"+e.admin+"/stats?format=json&histogram_buckets=none&filter="+url.QueryEscape(re))
+	body, err := Get(ctx, "http://"+e.admin+"/stats?format=json&histogram_buckets=none&filter="+url.QueryEscape(re))
 	if err != nil {
 		return nil, fmt.Errorf("envoy stats: %w", err)
 	}

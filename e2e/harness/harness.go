@@ -133,8 +133,8 @@ func poll(ctx context.Context, exited <-chan struct{}, ready func(context.Contex
 // client speaks to admin interfaces; it never goes through a proxy.
 var client = &http.Client{Transport: &http.Transport{Proxy: nil, DisableKeepAlives: true}, Timeout: 10 * time.Second}
 
-// get returns the body of a 200 response.
-func get(ctx context.Context, url string) ([]byte, error) {
+// Get returns the body of a 200 response.
+func Get(ctx context.Context, url string) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return nil, err
@@ -157,7 +157,7 @@ func get(ctx context.Context, url string) ([]byte, error) {
 // HTTPReady is a readiness check that passes when url answers 200.
 func HTTPReady(url string) func(context.Context) error {
 	return func(ctx context.Context) error {
-		_, err := get(ctx, url)
+		_, err := Get(ctx, url)
 		return err
 	}
 }

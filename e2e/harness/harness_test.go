@@ -142,7 +142,7 @@ func TestProcFiles(t *testing.T) {
 		{in: "VmRSS:\t2 MB\n", bad: true},
 		{in: "VmRSS:\tx kB\n", bad: true},
 	} {
-		if got, err := parseRSS([]byte(c.in)); got != c.want || c.bad != (err != nil) {
+		if got, err := parseMemory([]byte(c.in), "VmRSS"); got != c.want || c.bad != (err != nil) {
 			t.Errorf("%q: %v, %v", c.in, got, err)
 		}
 	}
@@ -154,7 +154,7 @@ func FuzzProcFiles(f *testing.F) {
 	f.Add([]byte(")"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		_, _ = parseStat(b)
-		_, _ = parseRSS(b)
+		_, _ = parseMemory(b, "VmRSS")
 	})
 }
 
@@ -369,5 +369,18 @@ func TestClientAborts(t *testing.T) {
 	}
 	if resp, err := Do(t.Context(), u.HTTP(), OversizedHeaders(1100)); err == nil && resp.Status != 431 {
 		t.Errorf("oversized headers: %v", resp)
+	}
+}
+
+func TestSeries(t *testing.T) {
+	m, err := parseSeries("# HELP a b\na{x=\"1\"} 2\na{x=\"2\"} 3\nb 1e3\n")
+	if err != nil || m.Sum("a") != 5 || m.Sum("b") != 1000 || m.Sum("a", `x="2"`) != 3 {
+		t.Errorf("%v, %v", m, err)
+	}
+	if !m.Has("a") || !m.Has("b") || m.Has("x") || m.Sum("x") != 0 {
+		t.Errorf("%v: what is there and what is not", m)
+	}
+	if _, err := parseSeries("a x\n"); err == nil {
+		t.Error("a metric that is no number was read")
 	}
 }

@@ -181,35 +181,45 @@ func parseStat(b []byte) (time.Duration, error) {
 }
 
 // RSS returns the resident memory in bytes (proc(5), VmRSS of /proc/PID/status).
-func (p *Process) RSS() (uint64, error) {
+func (p *Process) RSS() (uint64, error) { return p.memory("VmRSS") }
+
+// PeakRSS returns the most there was of it (VmHWM), since the process began or since ResetPeak.
+func (p *Process) PeakRSS() (uint64, error) { return p.memory("VmHWM") }
+
+// ResetPeak has the kernel count PeakRSS anew (proc(5), clear_refs). Where it does not, PeakRSS is that of the process's life.
+func (p *Process) ResetPeak() {
+	_ = os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", p.PID()), []byte("5"), 0)
+}
+
+func (p *Process) memory(field string) (uint64, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID()))
 	if err != nil {
 		return 0, fmt.Errorf("resident memory: %w", err)
 	}
-	n, err := parseRSS(b)
+	n, err := parseMemory(b, field)
 	if err != nil {
 		return 0, fmt.Errorf("resident memory of %d: %w", p.PID(), err)
 	}
 	return n, nil
 }
 
-func parseRSS(b []byte) (uint64, error) {
+func parseMemory(b []byte, field string) (uint64, error) {
 	for line := range strings.Lines(string(b)) {
-		rest, ok := strings.CutPrefix(line, "VmRSS:")
+		rest, ok := strings.CutPrefix(line, field+":")
 		if !ok {
 			continue
 		}
 		kib, ok := strings.CutSuffix(strings.TrimSpace(rest), " kB")
 		if !ok {
-			return 0, fmt.Errorf("malformed VmRSS %q", line)
+			return 0, fmt.Errorf("malformed %s %q", field, line)
 		}
 		n, err := strconv.ParseUint(strings.TrimSpace(kib), 10, 53)
 		if err != nil {
-			return 0, fmt.Errorf("malformed VmRSS %q: %w", line, err)
+			return 0, fmt.Errorf("malformed %s %q: %w", field, line, err)
 		}
 		return n << 10, nil
 	}
-	return 0, errors.New("no VmRSS")
+	return 0, fmt.Errorf("no %s", field)
 }
 
 // Freeze stops the process from running (SIGSTOP) without ending it: its sockets stay, nothing is answered.

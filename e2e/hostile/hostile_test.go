@@ -1,16 +1,13 @@
 package hostile
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -70,41 +67,31 @@ func p99(times []time.Duration) time.Duration {
 }
 
 // goroutines is how many knhk has. Not from its goroutine profile: of 15,000 that holds up requests for 20 ms.
-func goroutines(t *testing.T, s *stack.Stack) int { return int(metric(t, s, "go_goroutines")) }
+func goroutines(t *testing.T, s *stack.Stack) int {
+	t.Helper()
+	const name = "go_goroutines"
+	m := metrics(t, s)
+	if !m.Has(name) {
+		t.Fatalf("no metric %s", name)
+	}
+	return int(m.Sum(name))
+}
 
 // events is how many streams knhk has seen that ended without a message, or had one that does not parse.
 func events(t *testing.T, s *stack.Stack) float64 {
-	return metric(t, s, "knhk_extproc_events_total", `"empty"`, `"malformed"`)
+	t.Helper()
+	m := metrics(t, s)
+	const name = "knhk_extproc_events_total"
+	return m.Sum(name, `"empty"`) + m.Sum(name, `"malformed"`)
 }
 
-// metric adds up the series of a metric, those that have one of the labels.
-func metric(t *testing.T, s *stack.Stack, name string, labels ...string) (n float64) {
+func metrics(t *testing.T, s *stack.Stack) harness.Series {
 	t.Helper()
-	resp, err := http.Get("http://" + s.Admin + "/metrics")
+	m, err := harness.Metrics(t.Context(), s.Admin)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer resp.Body.Close()
-	found := false
-	for sc := bufio.NewScanner(resp.Body); sc.Scan(); {
-		line := sc.Text()
-		if !strings.HasPrefix(line, name+" ") && !strings.HasPrefix(line, name+"{") {
-			continue
-		}
-		found = true
-		if len(labels) > 0 && !slices.ContainsFunc(labels, func(l string) bool { return strings.Contains(line, l) }) {
-			continue
-		}
-		var v float64
-		if _, err := fmt.Sscan(line[strings.LastIndexByte(line, ' ')+1:], &v); err != nil {
-			t.Fatal(err)
-		}
-		n += v
-	}
-	if !found && len(labels) == 0 {
-		t.Fatalf("no metric %s", name)
-	}
-	return n
+	return m
 }
 
 // seen is what was seen of a round's attacks, added up.
@@ -177,24 +164,14 @@ func median(d []time.Duration) time.Duration {
 	return d[len(d)/2]
 }
 
-// resetPeak has the kernel count VmHWM anew (proc(5), clear_refs); where it does not, peak is that of the process's life.
-func resetPeak(s *stack.Stack) {
-	_ = os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", s.Knhk.PID()), []byte("5"), 0)
-}
-
 // peak is the most that knhk has held resident, in bytes.
 func peak(t *testing.T, s *stack.Stack) uint64 {
 	t.Helper()
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.Knhk.PID()))
+	n, err := s.Knhk.PeakRSS()
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, rest, _ := strings.Cut(string(b), "VmHWM:")
-	var kib uint64
-	if _, err := fmt.Sscan(rest, &kib); err != nil {
-		t.Fatal(err)
-	}
-	return kib << 10
+	return n
 }
 
 // logged says whether knhk has logged what.
@@ -205,11 +182,7 @@ func logged(s *stack.Stack, what string) bool {
 
 func TestHostilePeers(t *testing.T) {
 	harness.RequireEnvoy(t)
-	dir, err := os.MkdirTemp("", "knhk-hostile-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
+	dir := harness.Directory(t, "")
 	s, err := stack.New(t.Context(), stack.Config{Dir: dir, YAML: site})
 	if err != nil {
 		t.Fatal(err)
@@ -248,7 +221,7 @@ func TestHostilePeers(t *testing.T) {
 			run := fault.Begin(t, f.Name)
 			for range run.Rounds() {
 				eventsBefore := events(t, s)
-				resetPeak(s)
+				s.Knhk.ResetPeak()
 				sum := seen{least: 1 << 62}
 				calms, storms := []time.Duration{quiet(t)}, []time.Duration(nil)
 				for n := 0; n < phases || n < morePhases && over(calms, storms); n++ {

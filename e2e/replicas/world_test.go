@@ -1,15 +1,12 @@
 package replicas
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -64,17 +61,7 @@ type world struct {
 func start(t *testing.T, capture string) *world {
 	t.Helper()
 	harness.RequireEnvoy(t)
-	dir, err := os.MkdirTemp(quietPlace(), "knhk-replicas-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("files are kept in %s", dir)
-		} else if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
-	})
+	dir := harness.Directory(t, quietPlace())
 	s, err := stack.New(t.Context(), stack.Config{Dir: dir, YAML: configured("t0"), Capture: capture, Replicas: 2})
 	if err != nil {
 		t.Fatal(err)
@@ -162,39 +149,10 @@ func (w *world) stat(name string) uint64 {
 	return n
 }
 
-var plain = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
-
 // sum adds every series of a metric of one replica that has all labels; a label is name="value".
-func sum(ctx context.Context, r *stack.Stack, name string, labels ...string) (total float64, err error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+r.Admin+"/metrics", nil)
-	if err != nil {
-		return 0, err
-	}
-	resp, err := plain.Do(req)
-	if err != nil {
-		return 0, err
-	}
-	defer resp.Body.Close()
-	sc := bufio.NewScanner(resp.Body)
-next:
-	for sc.Scan() {
-		series, value, _ := strings.Cut(sc.Text(), " ")
-		n, rest, _ := strings.Cut(series, "{")
-		if n != name {
-			continue
-		}
-		for _, l := range labels {
-			if !strings.Contains(rest, l) {
-				continue next
-			}
-		}
-		v, err := strconv.ParseFloat(value, 64)
-		if err != nil {
-			return 0, fmt.Errorf("metric %s: %w", series, err)
-		}
-		total += v
-	}
-	return total, sc.Err()
+func sum(ctx context.Context, r *stack.Stack, name string, labels ...string) (float64, error) {
+	m, err := harness.Metrics(ctx, r.Admin)
+	return m.Sum(name, labels...), err
 }
 
 // everywhere adds a metric over all replicas.

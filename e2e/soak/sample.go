@@ -1,17 +1,12 @@
 package main
 
 import (
-	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/knhk/sidecar/e2e/harness"
@@ -36,82 +31,20 @@ type Sample struct {
 	CPU        float64 `json:"cpu_us_per_request"`
 	EnvoyCPU   float64 `json:"envoy_cpu_us_per_request"`
 
-	WAL    Files   `json:"wal"`
-	Store  Files   `json:"blocks"`
-	Tiles  Files   `json:"log"`
-	Blocks float64 `json:"blocks_closed"`
-	Leaves float64 `json:"leaves"` // under the signed checkpoint
+	WAL    harness.Files `json:"wal"`
+	Store  harness.Files `json:"blocks"`
+	Tiles  harness.Files `json:"log"`
+	Blocks float64       `json:"blocks_closed"`
+	Leaves float64       `json:"leaves"` // under the signed checkpoint
 
 	Decisions float64 `json:"decisions"`
 	Pending   float64 `json:"pending"`
 	Unknown   float64 `json:"unknown"`
 }
 
-// Files is what a directory holds.
-type Files struct {
-	Count float64 `json:"files"`
-	Bytes float64 `json:"bytes"`
-}
-
-// within counts the regular files below dir. Files that go while it looks are not counted.
-func within(dir string) (f Files, err error) {
-	err = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		if err != nil || !d.Type().IsRegular() {
-			return err
-		}
-		info, err := d.Info()
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		f.Count++
-		f.Bytes += float64(info.Size())
-		return nil
-	})
-	return f, err
-}
-
 func openFiles(pid int) (float64, error) {
 	list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
 	return float64(len(list)), err
-}
-
-// metrics reads knhk's /metrics, labels added up.
-func metrics(ctx context.Context, admin string) (map[string]float64, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+admin+"/metrics", nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return nil, fmt.Errorf("metrics: %w", err)
-	}
-	defer resp.Body.Close()
-	return parseMetrics(resp.Body)
-}
-
-func parseMetrics(r io.Reader) (map[string]float64, error) {
-	m := map[string]float64{}
-	sc := bufio.NewScanner(r)
-	for sc.Scan() {
-		line := sc.Text()
-		i := strings.LastIndexByte(line, ' ')
-		if i < 0 || strings.HasPrefix(line, "#") {
-			continue
-		}
-		v, err := strconv.ParseFloat(line[i+1:], 64)
-		if err != nil {
-			return nil, fmt.Errorf("metrics: %q: %w", line, err)
-		}
-		name, _, _ := strings.Cut(line[:i], "{")
-		m[name] += v
-	}
-	return m, sc.Err()
 }
 
 // watch adds up the resident memory of two processes until it is told to stop.
@@ -177,11 +110,11 @@ func cpu(s *stack.Stack) (knhk, envoy time.Duration, err error) {
 // depend on when it is counted. Outcomes that never come end the wait, not the run.
 func calm(ctx context.Context, s *stack.Stack) error {
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		m, err := metrics(ctx, s.Admin)
+		m, err := harness.Metrics(ctx, s.Admin)
 		if err != nil {
 			return err
 		}
-		if m["knhk_receipts_pending"] == 0 && m["knhk_log_unsigned_seconds"] == 0 || time.Now().After(deadline) {
+		if m.Sum("knhk_receipts_pending") == 0 && m.Sum("knhk_log_unsigned_seconds") == 0 || time.Now().After(deadline) {
 			break
 		}
 	}
@@ -205,7 +138,7 @@ func (sm *Sample) read(ctx context.Context, s *stack.Stack) error {
 	if err := calm(ctx, s); err != nil {
 		return err
 	}
-	m, err := metrics(ctx, s.Admin)
+	m, err := harness.Metrics(ctx, s.Admin)
 	if err != nil {
 		return err
 	}
@@ -216,17 +149,16 @@ func (sm *Sample) read(ctx context.Context, s *stack.Stack) error {
 		{&sm.Goroutines, "go_goroutines"}, {&sm.Blocks, "knhk_log_blocks_total"}, {&sm.Leaves, "knhk_log_checkpoint"},
 		{&sm.Live, "go_memstats_heap_alloc_bytes"}, {&sm.Decisions, "knhk_decisions_total"}, {&sm.Pending, "knhk_receipts_pending"}, {&sm.Unknown, "knhk_outcomes_unknown_total"},
 	} {
-		v, there := m[f.name]
-		if !there {
+		if !m.Has(f.name) {
 			return fmt.Errorf("metrics: no %s", f.name)
 		}
-		*f.to = v
+		*f.to = m.Sum(f.name)
 	}
 	for _, d := range []struct {
-		to   *Files
+		to   *harness.Files
 		name string
 	}{{&sm.WAL, "wal"}, {&sm.Store, "blocks"}, {&sm.Tiles, "log"}} {
-		if *d.to, err = within(filepath.Join(s.StateDir, d.name)); err != nil {
+		if *d.to, err = harness.FilesIn(filepath.Join(s.StateDir, d.name)); err != nil {
 			return err
 		}
 	}

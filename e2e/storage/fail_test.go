@@ -211,7 +211,7 @@ func (w *world) startFails(s callSite) string {
 	w.Knhk, err = harness.StartProcess(w.t.Context(), harness.ProcessConfig{
 		Name: "knhk", Path: w.Bin, Args: []string{"serve", "--config", w.ConfigFile}, Dir: w.Dir, Log: filepath.Join(w.Dir, "knhk.log"),
 		Ready: func(ctx context.Context) error {
-			_, err := httpGet(ctx, "http://"+w.Admin+"/readyz")
+			_, err := harness.Get(ctx, "http://"+w.Admin+"/readyz")
 			if err != nil && strings.Contains(err.Error(), "until restarted") { // it serves, and refuses everything
 				how = "refused until restarted"
 				return nil
@@ -260,7 +260,7 @@ func (w *world) underFault(in *faultfs.Injected) string {
 			return "died"
 		default:
 		}
-		_, err := httpGet(w.t.Context(), "http://"+w.Admin+"/readyz")
+		_, err := harness.Get(w.t.Context(), "http://"+w.Admin+"/readyz")
 		if err != nil && strings.Contains(err.Error(), "until restarted") {
 			return w.signsNothing()
 		}
@@ -276,7 +276,7 @@ func (w *world) underFault(in *faultfs.Injected) string {
 func (w *world) signsNothing() string {
 	w.t.Helper()
 	url := "http://" + w.Tiles + "/checkpoint"
-	before, err := httpGet(w.t.Context(), url)
+	before, err := harness.Get(w.t.Context(), url)
 	if err != nil {
 		return "refused until restarted" // it is ending
 	}
@@ -285,7 +285,7 @@ func (w *world) signsNothing() string {
 		w.t.Fatal("a request passed after the log has failed")
 	}
 	time.Sleep(600 * time.Millisecond) // several seals and checkpoints, if there were any
-	if after, err := httpGet(w.t.Context(), url); err == nil && string(after) != string(before) {
+	if after, err := harness.Get(w.t.Context(), url); err == nil && string(after) != string(before) {
 		w.t.Fatalf("a log that has failed signed\n%s\nafter\n%s", after, before)
 	}
 	return "refused until restarted"

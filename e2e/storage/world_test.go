@@ -9,8 +9,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -64,24 +62,15 @@ func newWorld(t *testing.T) *world {
 	if _, err := exec.LookPath("unshare"); err != nil && os.Getenv("CI") != "true" {
 		t.Skipf("needs unshare (util-linux) to show knhk another boot id: %v", err)
 	}
-	dir, err := os.MkdirTemp("", "knhk-disk-")
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := harness.Directory(t, "")
 	w := &world{t: t, boot: filepath.Join(dir, "boot_id"), policy: filepath.Join(dir, "policy"),
 		acked: map[string]string{}, status: map[int]int{}, checkpoints: map[string]bool{}}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("files are kept in %s", dir)
-		} else if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
-	})
 	mount := filepath.Join(dir, "disk")
 	if err := os.Mkdir(mount, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	w.disk = faultfs.Mount(t, mount)
+	var err error
 	if w.Stack, err = stack.New(t.Context(), stack.Config{Dir: dir, Soft: true, YAML: site}); err != nil {
 		t.Fatal(err)
 	}
@@ -267,32 +256,13 @@ func pause(ctx context.Context, d time.Duration) {
 
 // watch keeps the checkpoint that is served now.
 func (w *world) watch() {
-	b, err := httpGet(w.t.Context(), "http://"+w.Tiles+"/checkpoint")
+	b, err := harness.Get(w.t.Context(), "http://"+w.Tiles+"/checkpoint")
 	if err != nil {
 		return
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.checkpoints[string(b)] = true
-}
-
-var plain = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
-
-func httpGet(ctx context.Context, url string) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := plain.Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s: %s", url, resp.Status, body)
-	}
-	return body, err
 }
 
 // eventually polls ok until it returns nil.
@@ -309,23 +279,8 @@ func (w *world) eventually(limit time.Duration, ok func() error) error {
 
 // metric is the sum of a metric's series whose labels contain label.
 func (w *world) metric(name, label string) (float64, error) {
-	b, err := httpGet(w.t.Context(), "http://"+w.Admin+"/metrics")
-	if err != nil {
-		return 0, err
-	}
-	total := 0.0
-	for line := range strings.Lines(string(b)) {
-		series, value, ok := strings.Cut(strings.TrimSpace(line), " ")
-		if n, labels, _ := strings.Cut(series, "{"); !ok || n != name || !strings.Contains(labels, label) {
-			continue
-		}
-		var v float64
-		if _, err := fmt.Sscanf(value, "%g", &v); err != nil {
-			return 0, err
-		}
-		total += v
-	}
-	return total, nil
+	m, err := harness.Metrics(w.t.Context(), w.Admin)
+	return m.Sum(name, label), err
 }
 
 // settle waits until nothing is pending and everything is signed, and exports every receipt.
