@@ -3,7 +3,6 @@ package bootstrap
 import (
 	"fmt"
 
-	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	mutationv3 "github.com/envoyproxy/go-control-plane/envoy/config/common/mutation_rules/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	headersv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/header_mutation/v3"
@@ -11,7 +10,6 @@ import (
 	earlyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/http/early_header_mutation/header_mutation/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	"google.golang.org/protobuf/types/known/anypb"
-	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
 // stripRequest takes our headers off every request before anything else reads it. ext_proc cannot do it: when ext_proc
@@ -45,15 +43,7 @@ func receiptHeaders() (*hcmv3.HttpFilter, error) {
 func localReplies() *hcmv3.LocalReplyConfig {
 	return &hcmv3.LocalReplyConfig{Mappers: []*hcmv3.ResponseMapper{{
 		// A mapper must have a filter: those that knhk has decided about.
-		Filter: &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_MetadataFilter{
-			MetadataFilter: &accesslogv3.MetadataFilter{
-				Matcher: &matcherv3.MetadataMatcher{
-					Filter: MetadataNamespace,
-					Path:   []*matcherv3.MetadataMatcher_PathSegment{{Segment: &matcherv3.MetadataMatcher_PathSegment_Key{Key: MetadataReceipt}}},
-					Value:  &matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_PresentMatch{PresentMatch: true}},
-				},
-				MatchIfKeyNotFound: wrapperspb.Bool(false),
-			}}},
+		Filter: receiptFilter(&matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_PresentMatch{PresentMatch: true}}, false),
 		HeadersToAdd: []*corev3.HeaderValueOption{
 			metadataHeader(HeaderReceipt, MetadataReceipt),
 			metadataHeader(HeaderClass, MetadataClass),

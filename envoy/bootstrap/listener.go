@@ -141,7 +141,7 @@ func accessLogs(cfg *configv1.Config, sidecar string) ([]*accesslogv3.AccessLog,
 	return append(out, rest), errors.Join(append(errs, err)...)
 }
 
-// receiptFilter passes entries whose receipt id matches; none says whether those without an id pass.
+// receiptFilter passes exchanges whose receipt id matches; none says whether those without an id pass.
 func receiptFilter(id *matcherv3.ValueMatcher, none bool) *accesslogv3.AccessLogFilter {
 	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_MetadataFilter{
 		MetadataFilter: &accesslogv3.MetadataFilter{

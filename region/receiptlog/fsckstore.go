@@ -3,10 +3,7 @@ package receiptlog
 import (
 	"bytes"
 	"cmp"
-	"encoding/binary"
 	"slices"
-
-	"github.com/cockroachdb/pebble/v2"
 
 	"github.com/knhk/sidecar/crypto/receipt"
 	"github.com/knhk/sidecar/region/wal"
@@ -34,7 +31,7 @@ func (a *audit) beside(where string, n uint64, leaves [][]byte) {
 	}
 	ids := make([]uint64, 0, len(leaves))
 	for i, leaf := range leaves {
-		ids = append(ids, uint64(idHash(leafUUID(leaf)))<<32|uint64(i))
+		ids = append(ids, idEntry(leafUUID(leaf), i))
 		if i >= len(evidence) {
 			continue // named above
 		}
@@ -50,12 +47,7 @@ func (a *audit) beside(where string, n uint64, leaves [][]byte) {
 			a.problem(where, "evidence of receipt %s: %v", d.ID, err)
 		}
 	}
-	slices.Sort(ids)
-	var want []byte
-	for _, id := range ids {
-		want = binary.BigEndian.AppendUint64(want, id)
-	}
-	if got, err := a.store.get(key(kIDs, n)); err != nil || !bytes.Equal(got, want) {
+	if got, err := a.store.get(key(kIDs, n)); err != nil || !bytes.Equal(got, encodeIDs(ids)) {
 		a.problem(where, "its index of ids is damaged: receipts in it are not found (%v)", err)
 	}
 }
@@ -86,49 +78,35 @@ func (a *audit) places(total uint64) {
 // of the last blocks, which it reads.
 func (a *audit) pending(total uint64) {
 	noted := map[[16]byte]bool{}
-	err := a.store.scan([]byte{kPending}, []byte{kPending + 1}, func(k, _ []byte) {
+	err := a.store.scan([]byte{kPending}, []byte{kPending + 1}, func(k, _ []byte) error {
 		if len(k) != 17 {
 			a.problem("blocks", "pending decision %x is damaged", k)
-			return
+			return nil
 		}
 		uuid := [16]byte(k[1:])
 		noted[uuid] = true
 		if d, ok := a.decided[uuid]; !ok || d.answered {
 			a.problem("blocks", "receipt %x is noted as pending, and is not", uuid)
 		}
+		return nil
 	})
 	if err != nil {
 		a.problem("blocks", "pending decisions: %v", err)
 	}
 	for uuid, d := range a.decided {
-		if !d.answered && !noted[uuid] && d.block+2*farBlocks < total {
+		if !d.answered && !noted[uuid] && d.block+readBack < total {
 			a.problem("blocks", "receipt %x has no outcome, and is not noted as pending", uuid)
 		}
 	}
 }
 
-// scan calls fn for every key from lower on and below upper.
-func (s *store) scan(lower, upper []byte, fn func(k, v []byte)) error {
-	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
-	if err != nil {
-		return err
-	}
-	for it.First(); it.Valid(); it.Next() {
-		v, err := it.ValueAndErr()
-		if err != nil {
-			return cmp.Or(it.Close(), err)
-		}
-		fn(it.Key(), v)
-	}
-	return cmp.Or(it.Error(), it.Close())
-}
-
 // everyKey reads all there is: what no other check looks at must at least be readable.
 func (a *audit) everyKey() {
-	if err := a.store.scan(nil, nil, func(k, _ []byte) {
+	if err := a.store.scan(nil, nil, func(k, _ []byte) error {
 		if !bytes.ContainsRune([]byte{kHeader, kIndex, kRecords, kEvidence, kIDs, kOutcome, kPending, kQuery, kTime, kKey, kMeta}, rune(k[0])) {
 			a.problem("blocks", "unknown key %q", k)
 		}
+		return nil
 	}); err != nil {
 		a.problem("blocks", "cannot be read to the end: %v", err)
 	}

@@ -165,24 +165,19 @@ func (l *Log) putPending(batch *pebble.Batch, n uint64) error {
 // loadPending finds the decisions in blocks that have no outcome yet: those that a P key names, and those of the last blocks. It
 // reads a few blocks more than have no P keys, for an outcome may have been on its way to a block when the one before was committed.
 func (l *Log) loadPending() error {
-	it, err := l.store.db.NewIter(&pebble.IterOptions{LowerBound: []byte{kPending}, UpperBound: []byte{kPending + 1}})
-	if err != nil {
-		return fmt.Errorf("read block store: %w", err)
-	}
-	for it.First(); it.Valid(); it.Next() {
-		k, v := it.Key(), it.Value()
+	if err := l.store.scan([]byte{kPending}, []byte{kPending + 1}, func(k, v []byte) error {
 		if len(k) != 17 || len(v) != 16 {
-			return errors.Join(fmt.Errorf("read block store: pending decision %x is damaged", k), it.Close())
+			return fmt.Errorf("pending decision %x is damaged", k)
 		}
 		uuid := [16]byte(k[1:])
 		l.pending.put(uuid, pendingRef{
 			at: receipt.IDTime(uuid), block: binary.BigEndian.Uint64(v), pos: uint32(binary.BigEndian.Uint64(v[8:])), stored: true,
 		})
-	}
-	if err := errors.Join(it.Error(), it.Close()); err != nil {
+		return nil
+	}); err != nil {
 		return fmt.Errorf("read block store: %w", err)
 	}
-	for n := l.chain.Next - min(l.chain.Next, 2*farBlocks); n < l.chain.Next; n++ {
+	for n := l.chain.Next - min(l.chain.Next, readBack); n < l.chain.Next; n++ {
 		if err := l.loadPendingOf(n); err != nil {
 			return fmt.Errorf("open receipt log: %w: run knhk fsck", err)
 		}

@@ -244,7 +244,7 @@ func (l *Log) putRecords(batch *pebble.Batch, b *block) error {
 			plain, evidence = plain[:0], evidence[:0]
 			runtime.Gosched()
 		}
-		ids[i] = uint64(idHash(r.uuid))<<32 | uint64(i)
+		ids[i] = idEntry(r.uuid, i)
 		if r.decision {
 			for _, h := range [...]uint64{r.request, r.trace} {
 				if h != 0 {
@@ -271,12 +271,20 @@ func (l *Log) putRecords(batch *pebble.Batch, b *block) error {
 		}
 	}
 	l.unanswered = append(l.unanswered, open)
+	return errors.Join(append(errs, batch.Set(key(kIDs, b.n), encodeIDs(ids), nil))...)
+}
+
+// idEntry is what the id index says of the record at pos.
+func idEntry(uuid [16]byte, pos int) uint64 { return uint64(idHash(uuid))<<32 | uint64(pos) }
+
+// encodeIDs sorts the entries of a block's id index and gives it as it is stored.
+func encodeIDs(ids []uint64) []byte {
 	slices.Sort(ids)
 	list := make([]byte, 0, 8*len(ids))
 	for _, id := range ids {
 		list = binary.BigEndian.AppendUint64(list, id)
 	}
-	return errors.Join(append(errs, batch.Set(key(kIDs, b.n), list, nil))...)
+	return list
 }
 
 // idHash is the first half of an id index entry.

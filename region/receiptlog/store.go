@@ -52,6 +52,10 @@ const (
 // without a P key.
 const farBlocks = 3
 
+// readBack is how many of the last blocks a start reads for decisions without outcome: those that have no P keys yet, and as many again
+// for outcomes that were on their way when a block was committed.
+const readBack = 2 * farBlocks
+
 // What is kept of what was read: neighbours are asked for together. A chunk or an index of unusual size is read again instead.
 const (
 	cachedChunks = 64
@@ -272,6 +276,24 @@ func (s *store) record(kind byte, n, pos uint64) ([]byte, error) {
 		return items[i], nil
 	}
 	return nil, fmt.Errorf("block %d: record %d is missing", n, pos)
+}
+
+// scan calls fn for every key from lower on and below upper, until it returns an error. k and v are borrowed.
+func (s *store) scan(lower, upper []byte, fn func(k, v []byte) error) error {
+	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
+	if err != nil {
+		return err
+	}
+	for it.First(); it.Valid(); it.Next() {
+		v, err := it.ValueAndErr()
+		if err == nil {
+			err = fn(it.Key(), v)
+		}
+		if err != nil {
+			return errors.Join(err, it.Close())
+		}
+	}
+	return errors.Join(it.Error(), it.Close())
 }
 
 // each calls fn for every record of block n, which holds count, in order, a chunk at a time, until it returns an error.
