@@ -17,6 +17,10 @@ type Config struct {
 	// PIN returns the user PIN. It is called for each login, on a goroutine of the store, and the PIN is not kept. Who knows
 	// it and reaches the token can sign, and can destroy keys; it cannot take keys out. keys.URI.PIN fits.
 	PIN func() (string, error)
+	// AllowExportable lets keys sign that can leave the token, could once, or are not kept secret by it: who copied one signs
+	// without the token, for ever, and nobody sees it. Default false: such keys are refused. Each use of one is logged when it
+	// is opened. Keys made by this package are never exportable, whatever this says.
+	AllowExportable bool
 	// Sessions is the number of sessions, workers and threads that may stand in C calls. 1 to 64, default 2: more than
 	// there are cores gain nothing with SoftHSM; a network HSM gains with more.
 	Sessions int
@@ -25,7 +29,7 @@ type Config struct {
 	Queue int
 	// CloseTimeout is how long Close waits for operations that stand in C calls. Default 5 s.
 	CloseTimeout time.Duration
-	// Log hears of lost sessions, recoveries and refused PINs. Default: nobody.
+	// Log hears of lost sessions, recoveries, refused PINs, exportable keys and the circuit breaker. Default: nobody.
 	Log *slog.Logger
 }
 

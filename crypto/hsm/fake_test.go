@@ -41,6 +41,8 @@ type fake struct {
 	objects     map[pkcs11.ObjectHandle]*fakeObject
 	nextObject  pkcs11.ObjectHandle
 	corrupt     bool // signatures are wrong
+	// spoil, when set, changes the next pair that is made, once.
+	spoil func(f *fake, public, private pkcs11.ObjectHandle)
 
 	busy       map[pkcs11.SessionHandle]bool // a call is on the session
 	active     int                           // calls in the module
@@ -388,9 +390,32 @@ func (f *fake) GenerateKeyPair(h pkcs11.SessionHandle, m []*pkcs11.Mechanism, pu
 		po, so = f.nextObject, f.nextObject+1
 		f.nextObject += 2
 		f.objects[po], f.objects[so] = pub, priv
+		if f.spoil != nil {
+			f.spoil(f, po, so)
+			f.spoil = nil
+		}
 		return nil
 	})
 	return po, so, err
+}
+
+// plant puts a copy of the objects of some version under another id, as another process would have made them; under f.mu.
+func (f *fake) plant(label, id string) (public, private pkcs11.ObjectHandle) {
+	for _, k := range slices.Sorted(maps.Keys(f.objects)) {
+		o := &fakeObject{attrs: maps.Clone(f.objects[k].attrs), ed: f.objects[k].ed, ec: f.objects[k].ec}
+		o.attrs[pkcs11.CKA_LABEL], o.attrs[pkcs11.CKA_ID] = []byte(label), []byte(id)
+		to := &public
+		if o.ed != nil || o.ec != nil {
+			to = &private
+		}
+		if *to != 0 {
+			continue
+		}
+		*to = f.nextObject
+		f.objects[*to] = o
+		f.nextObject++
+	}
+	return public, private
 }
 
 func (f *fake) DestroyObject(h pkcs11.SessionHandle, o pkcs11.ObjectHandle) error {

@@ -123,13 +123,15 @@ func TestReturnValues(t *testing.T) {
 		{pkcs11.CKR_MECHANISM_INVALID, nil, 0}, // will not get better
 		{pkcs11.CKR_KEY_TYPE_INCONSISTENT, nil, 0},
 		{pkcs11.CKR_DATA_LEN_RANGE, nil, 0},
+		{pkcs11.CKR_PIN_INCORRECT, nil, 0}, // of C_Login alone: here it must not latch, see the signature at the end
+		{pkcs11.CKR_PIN_LOCKED, nil, 0},
 	} {
 		err := pkcs11.Error(c.code)
 		t.Run(fmt.Sprintf("%#x", c.code), func(t *testing.T) {
 			f := newFake()
 			s := f.open(t, f.registry(), nil)
 			defer closeStore(t, s)
-			impatient(s)
+			impatient(t, s)
 			_, sg := mustCreate(t, s, keys.Ed25519)
 			before := f.count("C_Initialize")
 			f.set(func(f *fake) {

@@ -78,6 +78,7 @@ type module struct {
 	// Written inside exclusive only, so that callers between enter and exit may read.
 	ck      cryptoki // nil until loaded
 	up      bool     // C_Initialize has succeeded
+	inits   uint64   // how often it was called
 	foreign bool     // somebody else in this process had initialized the module: it is not ours to finalize
 }
 
@@ -149,8 +150,8 @@ func (m *module) token(label string) *token {
 	t := m.tokens[label]
 	if t == nil {
 		t = &token{
-			label: label, mod: m, gen: 1, backoffMin: 100 * time.Millisecond, backoffMax: 5 * time.Second,
-			refused: make(map[[32]byte]struct{}),
+			label: label, mod: m, gen: 1, turn: make(chan struct{}, 1), refused: make(map[[32]byte]struct{}),
+			breakerTrips: breakerTrips, breakerWait: breakerWait,
 		}
 		m.tokens[label] = t
 	}
@@ -214,6 +215,7 @@ func (m *module) restart() error {
 		m.up = false
 	}
 	m.voidHandles()
+	m.inits++
 	switch err := m.ck.Initialize(); {
 	case err == nil:
 		m.up, m.foreign = true, false

@@ -21,3 +21,8 @@ func Open(context.Context, Config) (*Store, error) { return nil, errNoCgo }
 
 // Check returns the error of Open.
 func (*Store) Check(context.Context, string) error { return errNoCgo }
+
+// Inspect returns the error of Open.
+func (*Store) Inspect(context.Context, string, string) (keys.Inspection, error) {
+	return keys.Inspection{}, errNoCgo
+}

@@ -27,6 +27,8 @@ type session struct {
 	h       pkcs11.SessionHandle
 	gen     uint64
 	private map[name]pkcs11.ObjectHandle // handles of private keys that passed usable
+
+	exportable bool // such keys are allowed
 }
 
 // name identifies a version in a token.
@@ -41,7 +43,9 @@ type pair struct {
 	publicObj  pkcs11.ObjectHandle
 	privateObj pkcs11.ObjectHandle
 	hasPrivate bool
-	canSign    bool // CKA_SIGN
+	canSign    bool  // CKA_SIGN
+	half       bool  // the public object has no key in it: the token went while it was made, and nobody was told of the version
+	exposed    error // of usable: why the private key is not the token's alone, and allowed all the same
 }
 
 func attr(kind uint, value any) *pkcs11.Attribute { return pkcs11.NewAttribute(kind, value) }
@@ -146,7 +150,8 @@ func (s *session) present() (pkcs11.TokenInfo, error) {
 }
 
 // pairs reads the key pairs of a label: all, or the one with the id. Two objects of a kind for one id, a private key
-// without its public one and a key of a kind this module cannot use are errors: none of them may be guessed away.
+// without its public one and a key of a kind this module cannot use are errors: none of them may be guessed away. What the
+// token holds by half is told as it is only when it was looked at twice: see sights.
 func (s *session) pairs(label string, id *string) (map[name]*pair, error) {
 	var ckaID []byte
 	if id != nil {
@@ -163,11 +168,6 @@ func (s *session) pairs(label string, id *string) (map[name]*pair, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(publics) == 0 || len(privates) == 0 {
-		if _, err := s.present(); err != nil {
-			return nil, err
-		}
-	}
 	out := make(map[name]*pair)
 	for _, o := range publics {
 		v, err := s.get(o, pkcs11.CKA_ID, pkcs11.CKA_KEY_TYPE)
@@ -175,15 +175,21 @@ func (s *session) pairs(label string, id *string) (map[name]*pair, error) {
 			return nil, fmt.Errorf("public key of label %q: %w", label, err)
 		}
 		n := name{label, decodeID(v[0])}
-		if out[n] != nil {
-			return nil, fmt.Errorf("%v: more than one public key object; exactly one must have this label and id", n)
-		}
 		p := &pair{publicObj: o}
-		if p.alg, p.public, err = s.publicKey(o, v[1]); err != nil {
+		p.alg, p.public, err = s.publicKey(o, v[1])
+		switch other := out[n]; {
+		case errors.Is(err, errHalf):
+			if p.half = true; other != nil {
+				continue
+			}
+		case err != nil:
 			return nil, fmt.Errorf("%v: public key: %w", n, err)
+		case other != nil && !other.half:
+			return nil, fmt.Errorf("%v: more than one public key object; exactly one must have this label and id", n)
 		}
 		out[n] = p
 	}
+	orphans := make(map[name]bool)
 	for _, o := range privates {
 		v, err := s.get(o, pkcs11.CKA_ID, pkcs11.CKA_SIGN)
 		if err != nil {
@@ -193,13 +199,59 @@ func (s *session) pairs(label string, id *string) (map[name]*pair, error) {
 		p := out[n]
 		switch {
 		case p == nil:
-			return nil, fmt.Errorf("%v: private key without its public key object", n)
+			orphans[n] = true
+			continue
+		case len(v[1]) == 0:
+			continue // half-made, or hidden by the module: as if it were not there
 		case p.hasPrivate:
 			return nil, fmt.Errorf("%v: more than one private key object; exactly one must have this label and id", n)
 		}
 		p.privateObj, p.hasPrivate, p.canSign = o, true, isTrue(v[1])
 	}
+	if err := s.believe(label, id, out, orphans); err != nil {
+		return nil, err
+	}
+	for n := range orphans {
+		return nil, fmt.Errorf("%v: private key without its public key object", n)
+	}
 	return out, nil
+}
+
+// believe says whether what a search found, and what it did not find, may be told to callers.
+func (s *session) believe(label string, id *string, found map[name]*pair, orphans map[name]bool) error {
+	sound := len(orphans) == 0
+	all := s.tok.sights.expected(label)
+	if id != nil {
+		all = []name{{label, *id}}
+	} else {
+		for n := range found {
+			all = append(all, n)
+		}
+		for n := range orphans {
+			all = append(all, n)
+		}
+	}
+	var missing []name
+	for _, n := range all {
+		v := sight{private: orphans[n]}
+		if p := found[n]; p != nil {
+			v = sight{public: !p.half, private: p.hasPrivate, sign: p.canSign}
+		}
+		sound = sound && v == whole
+		if !s.tok.sights.believe(s.tok.mod.inits, n, v) {
+			missing = append(missing, n)
+		}
+	}
+	if sound && len(found) > 0 {
+		return nil
+	}
+	if _, err := s.present(); err != nil {
+		return err
+	}
+	if len(missing) > 0 && !s.tok.mod.foreign { // what is not ours is never initialized anew: it has to be believed
+		return fmt.Errorf("%v: %w", missing[0], errDoubt)
+	}
+	return nil
 }
 
 // pair reads one version; keys.ErrNotFound when neither object is there.
@@ -208,7 +260,9 @@ func (s *session) pair(n name) (*pair, error) {
 	if err != nil {
 		return nil, err
 	}
-	if p := ps[n]; p != nil {
+	if p := ps[n]; p != nil && p.half {
+		return nil, fmt.Errorf("%w: %v: %w", keys.ErrNotFound, n, errHalf)
+	} else if p != nil {
 		return p, nil
 	}
 	return nil, fmt.Errorf("%w: %v", keys.ErrNotFound, n)
@@ -237,7 +291,9 @@ func (s *session) versions(label string) ([]keys.Version, error) {
 	}
 	vs := make([]keys.Version, 0, len(ps))
 	for n, p := range ps {
-		vs = append(vs, p.version(n))
+		if !p.half {
+			vs = append(vs, p.version(n))
+		}
 	}
 	slices.SortFunc(vs, func(a, b keys.Version) int { return keys.CompareVersionIDs(a.ID, b.ID) })
 	return vs, nil
@@ -245,6 +301,9 @@ func (s *session) versions(label string) ([]keys.Version, error) {
 
 // publicKey reads a public key object.
 func (s *session) publicKey(o pkcs11.ObjectHandle, keyType []byte) (keys.Algorithm, crypto.PublicKey, error) {
+	if len(keyType) == 0 {
+		return "", nil, errHalf
+	}
 	kind, err := number(pkcs11.CKA_KEY_TYPE, keyType)
 	if err != nil || kind != pkcs11.CKK_EC && kind != ckkECEdwards {
 		return "", nil, fmt.Errorf("key type %x is neither EC (P-256) nor Edwards (Ed25519)", keyType)
@@ -252,6 +311,9 @@ func (s *session) publicKey(o pkcs11.ObjectHandle, keyType []byte) (keys.Algorit
 	v, err := s.get(o, pkcs11.CKA_EC_PARAMS, pkcs11.CKA_EC_POINT)
 	if err != nil {
 		return "", nil, err
+	}
+	if len(v[0]) == 0 || len(v[1]) == 0 {
+		return "", nil, errHalf
 	}
 	return parsePublic(kind, v[0], v[1])
 }
@@ -285,29 +347,56 @@ func parsePublic(keyType uint, params, point []byte) (keys.Algorithm, crypto.Pub
 	return alg, pub, nil
 }
 
-// usable returns a version that may sign: enabled, and its private key born in the token and unable to leave it.
-func (s *session) usable(n name) (*pair, error) {
-	p, err := s.pair(n)
-	if err != nil {
-		return nil, err
+// inspect looks a version up and says in one line each what speaks against its signing: state is keys.ErrDisabled when it
+// cannot sign, exposed says that its private key is not the token's alone.
+func (s *session) inspect(n name) (p *pair, state, exposed error, err error) {
+	if p, err = s.pair(n); err != nil {
+		return nil, nil, nil, err
 	}
-	if !p.hasPrivate || !p.canSign {
-		return nil, fmt.Errorf("%w: %v", keys.ErrDisabled, n)
+	if !p.hasPrivate {
+		return p, fmt.Errorf("%w: %v: its private key is destroyed", keys.ErrDisabled, n), nil, nil
 	}
 	v, err := s.get(p.privateObj, pkcs11.CKA_SENSITIVE, pkcs11.CKA_EXTRACTABLE, pkcs11.CKA_NEVER_EXTRACTABLE)
 	if err != nil {
-		return nil, fmt.Errorf("%v: private key: %w", n, err)
+		return nil, nil, nil, fmt.Errorf("%v: private key: %w", n, err)
 	}
 	switch {
 	case isTrue(v[1]):
-		return nil, fmt.Errorf("%v: the private key is exportable (CKA_EXTRACTABLE is true); "+
-			"keys must be made in the token as not extractable", n)
+		exposed = fmt.Errorf("%v: the private key is exportable (CKA_EXTRACTABLE is true): make a key in the token that is not", n)
 	case !isTrue(v[2]):
-		return nil, fmt.Errorf("%v: the private key was exportable or imported once (CKA_NEVER_EXTRACTABLE is false); "+
-			"keys must be made in the token as not extractable", n)
+		exposed = fmt.Errorf("%v: the private key was exportable or imported once (CKA_NEVER_EXTRACTABLE is false): "+
+			"make a key in the token that never was", n)
 	case !isTrue(v[0]):
-		return nil, fmt.Errorf("%v: the private key can be read in the clear (CKA_SENSITIVE is false)", n)
+		exposed = fmt.Errorf("%v: the private key can be read in the clear (CKA_SENSITIVE is false): "+
+			"make a key in the token that is sensitive", n)
 	}
+	if !p.canSign {
+		return p, fmt.Errorf("%w: %v: CKA_SIGN is false: it was disabled, or made without permission to sign", keys.ErrDisabled, n), exposed, nil
+	}
+	switch v, err := s.get(p.privateObj, pkcs11.CKA_ALWAYS_AUTHENTICATE); {
+	case isCode(err, pkcs11.CKR_ATTRIBUTE_TYPE_INVALID): // an older token, which knows no such keys
+	case err != nil:
+		return nil, nil, nil, fmt.Errorf("%v: private key: %w", n, err)
+	case isTrue(v[0]):
+		state = fmt.Errorf("%v: the token wants the PIN for each signature (CKA_ALWAYS_AUTHENTICATE is true): "+
+			"make a key without that", n)
+	}
+	return p, state, exposed, nil
+}
+
+// usable returns a version that may sign: enabled, and its private key born in the token and unable to leave it, unless the
+// store was told to allow others.
+func (s *session) usable(n name) (*pair, error) {
+	p, state, exposed, err := s.inspect(n)
+	switch {
+	case err != nil:
+		return nil, err
+	case state != nil:
+		return nil, state
+	case exposed != nil && !s.exportable:
+		return nil, exposed
+	}
+	p.exposed = exposed
 	return p, nil
 }
 
@@ -315,6 +404,7 @@ func (s *session) usable(n name) (*pair, error) {
 // public key must still be.
 func (s *session) sign(n name, alg keys.Algorithm, pub crypto.PublicKey, input []byte) ([]byte, error) {
 	o, cached := s.private[n]
+	again := false
 	for {
 		if !cached {
 			p, err := s.usable(n)
@@ -336,7 +426,15 @@ func (s *session) sign(n name, alg keys.Algorithm, pub crypto.PublicKey, input [
 		case cached && isCode(err, pkcs11.CKR_KEY_HANDLE_INVALID, pkcs11.CKR_OBJECT_HANDLE_INVALID):
 			cached = false // destroyed meanwhile, perhaps: the search will tell
 		case isCode(err, pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED):
-			return nil, fmt.Errorf("%w: %v: %w", keys.ErrDisabled, n, err)
+			// Disabled, or the module has lost sight of CKA_SIGN, or the token has reasons of its own, as a key's end date.
+			if _, looked := s.usable(n); looked != nil {
+				return nil, looked
+			}
+			if !again {
+				cached, again = false, true // it may sign, says the token: once more
+				continue
+			}
+			return nil, fmt.Errorf("%w: %v: the token does not let it sign, though CKA_SIGN is true: %w", keys.ErrDisabled, n, err)
 		default:
 			return nil, err
 		}

@@ -3,8 +3,10 @@
 package hsm
 
 import (
+	"bytes"
 	"crypto/rand"
 	"crypto/rsa"
+	"log/slog"
 	"strings"
 	"testing"
 
@@ -114,6 +116,66 @@ func TestSoftHSMForeignKeys(t *testing.T) {
 				t.Errorf("Versions: %+v, %v; want the foreign one first", vs, err)
 			}
 		})
+	}
+}
+
+// TestSoftHSMExportable: what is refused is allowed when the configuration says so, is used with a warning, and is told of either way.
+func TestSoftHSMExportable(t *testing.T) {
+	tok := newSoftToken(t)
+	strict := tok.open(t)
+	cfg := tok.config()
+	var logged bytes.Buffer
+	cfg.AllowExportable, cfg.Log = true, slog.New(slog.NewTextHandler(&logged, nil))
+	lax, err := Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeStore(t, lax)
+	for _, c := range []struct {
+		label   string
+		private []*pkcs11.Attribute
+		want    string // of Inspect; "": as safe as ours
+		signs   bool   // when allowed
+	}{
+		{"safe", []*pkcs11.Attribute{attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false), attr(pkcs11.CKA_SIGN, true)}, "", true},
+		{"exportable", []*pkcs11.Attribute{attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, true), attr(pkcs11.CKA_SIGN, true)},
+			"is exportable (CKA_EXTRACTABLE is true)", true},
+		{"clear", []*pkcs11.Attribute{attr(pkcs11.CKA_SENSITIVE, false), attr(pkcs11.CKA_EXTRACTABLE, false), attr(pkcs11.CKA_SIGN, true)},
+			"can be read in the clear (CKA_SENSITIVE is false)", true},
+		{"no sign", []*pkcs11.Attribute{attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false), attr(pkcs11.CKA_SIGN, false)},
+			"CKA_SIGN is false", false},
+		{"no sign, exportable", []*pkcs11.Attribute{attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, true), attr(pkcs11.CKA_SIGN, false)},
+			"CKA_SIGN is false", false},
+		{"asks each time", []*pkcs11.Attribute{attr(pkcs11.CKA_SENSITIVE, true), attr(pkcs11.CKA_EXTRACTABLE, false), attr(pkcs11.CKA_SIGN, true),
+			attr(pkcs11.CKA_ALWAYS_AUTHENTICATE, true)}, "wants the PIN for each signature", false},
+	} {
+		raw(t, strict, func(se *session) error {
+			_, _, err := se.tok.mod.ck.GenerateKeyPair(se.h, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_EC_KEY_PAIR_GEN, nil)},
+				[]*pkcs11.Attribute{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_EC_PARAMS, paramsP256),
+					attr(pkcs11.CKA_LABEL, c.label), attr(pkcs11.CKA_ID, []byte{1})},
+				append([]*pkcs11.Attribute{attr(pkcs11.CKA_TOKEN, true), attr(pkcs11.CKA_PRIVATE, true),
+					attr(pkcs11.CKA_LABEL, c.label), attr(pkcs11.CKA_ID, []byte{1})}, c.private...))
+			return err
+		})
+		exposed := strings.Contains(c.label, "exportable") || c.label == "clear"
+		for _, s := range []*Store{strict, lax} {
+			allowed := c.signs && (s == lax || !exposed)
+			in, err := keys.Inspect(t.Context(), s, c.label, "x01")
+			if err != nil || in.CanSign != allowed || in.Exportable != exposed || !strings.Contains(in.Why, c.want) ||
+				(in.Why == "") != (c.want == "") || strings.Contains(in.Why, "\n") {
+				t.Errorf("%s, allowed %v: Inspect: %+v, %v; want %q", c.label, s == lax, in, err, c.want)
+			}
+			sg, err := s.Signer(t.Context(), c.label, "x01")
+			if (err == nil) != allowed || err != nil && (!strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n")) {
+				t.Errorf("%s, allowed %v: Signer: %v; want it %v, or %q", c.label, s == lax, err, allowed, c.want)
+			}
+			if err == nil {
+				mustSign(t, sg)
+			}
+		}
+		if warned := strings.Contains(logged.String(), `label \"`+c.label+`\"`); warned != (exposed && c.signs) {
+			t.Errorf("%s: warned %v\n%s", c.label, warned, &logged)
+		}
 	}
 }
 

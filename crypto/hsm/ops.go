@@ -9,6 +9,8 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/miekg/pkcs11"
@@ -36,7 +38,8 @@ func (s *Store) create(ctx context.Context, label string, alg keys.Algorithm) (k
 	if _, err := keys.ParseAlgorithm(string(alg)); err != nil {
 		return keys.Version{}, err
 	}
-	var n name // chosen once, so that a repeated try does not leave a second version
+	var n name     // kept over repeated tries, so that they do not leave a second version
+	var tried bool // n may be in the token
 	var made keys.Version
 	err := s.do(ctx, &op{
 		fn: func(se *session) (err error) {
@@ -45,7 +48,18 @@ func (s *Store) create(ctx context.Context, label string, alg keys.Algorithm) (k
 					return err
 				}
 			}
-			made, err = se.create(n, alg)
+			if made, err = se.create(n, alg, &tried); errors.Is(err, errHalf) {
+				// The token went while it made the pair. What there is goes, and another id is taken: should the private key turn up
+				// after all, it does not stand beside a second one of its id.
+				if err = se.erase(n); err != nil {
+					return err
+				}
+				if n, err = se.next(label, s.now()); err != nil {
+					return err
+				}
+				tried = false
+				made, err = se.create(n, alg, &tried)
+			}
 			return err
 		},
 		undo: func(se *session) error { return se.erase(n) },
@@ -55,6 +69,9 @@ func (s *Store) create(ctx context.Context, label string, alg keys.Algorithm) (k
 	}
 	return made, nil
 }
+
+// errHalf says that a try to make a version left it half-made.
+var errHalf = errors.New("the version is half-made")
 
 // next chooses the id that follows those of the token.
 func (s *session) next(label string, now time.Time) (name, error) {
@@ -71,29 +88,41 @@ func (s *session) next(label string, now time.Time) (name, error) {
 
 // create makes n and proves that it signs. What fails is erased, unless the session was lost: then the next try goes on
 // with what the token has.
-func (s *session) create(n name, alg keys.Algorithm) (keys.Version, error) {
-	v, err := s.generateOnce(n, alg)
+func (s *session) create(n name, alg keys.Algorithm, tried *bool) (keys.Version, error) {
+	v, err := s.generateOnce(n, alg, tried)
 	// SoftHSM 2.6.1 was seen to say this once, with signatures under way in another session, of a template that it takes at any
 	// other time. A token that means it says it again.
 	if isCode(err, pkcs11.CKR_TEMPLATE_INCONSISTENT) {
 		if err = s.erase(n); err == nil {
-			v, err = s.generateOnce(n, alg)
+			*tried = false
+			v, err = s.generateOnce(n, alg, tried)
 		}
 	}
-	if err != nil && !isLost(err) {
+	if err != nil && !isLost(err) && !errors.Is(err, errHalf) {
 		return keys.Version{}, errors.Join(err, s.erase(n))
 	}
 	return v, err
 }
 
 // generateOnce generates n unless an earlier try got so far.
-func (s *session) generateOnce(n name, alg keys.Algorithm) (keys.Version, error) {
-	if _, err := s.pair(n); errors.Is(err, keys.ErrNotFound) {
+func (s *session) generateOnce(n name, alg keys.Algorithm, tried *bool) (keys.Version, error) {
+	var p *pair
+	err := keys.ErrNotFound
+	if *tried {
+		p, err = s.pair(n)
+	}
+	switch {
+	case errors.Is(err, errHalf):
+		return keys.Version{}, err
+	case errors.Is(err, keys.ErrNotFound):
+		*tried = true
 		if err := s.generate(n, alg); err != nil {
 			return keys.Version{}, err
 		}
-	} else if err != nil {
+	case err != nil:
 		return keys.Version{}, err
+	case !p.hasPrivate:
+		return keys.Version{}, fmt.Errorf("%v: %w", n, errHalf)
 	}
 	return s.prove(n, alg)
 }
@@ -157,7 +186,7 @@ func (s *Store) Versions(ctx context.Context, label string) (vs []keys.Version, 
 	return found, nil
 }
 
-// Signer opens one version. A key that can leave the token, or could once, is refused.
+// Signer opens one version. A key that can leave the token, or could once, is refused unless Config.AllowExportable.
 func (s *Store) Signer(ctx context.Context, label, id string) (keys.Signer, error) {
 	n := name{label, id}
 	var p *pair
@@ -168,7 +197,31 @@ func (s *Store) Signer(ctx context.Context, label, id string) (keys.Signer, erro
 	if err != nil {
 		return nil, fmt.Errorf("hsm: signer: %w", err)
 	}
+	if p.exposed != nil {
+		s.log.LogAttrs(ctx, slog.LevelWarn, "hsm: an exportable key is used, as configured", slog.String("token", s.tok.label),
+			slog.Any("error", p.exposed))
+	}
 	return &signer{store: s, name: n, alg: p.alg, public: p.public}, nil
+}
+
+// Inspect says how a version's private key is kept, without using it. Implements keys.Inspector.
+func (s *Store) Inspect(ctx context.Context, label, id string) (keys.Inspection, error) {
+	var found keys.Inspection
+	err := s.do(ctx, &op{fn: func(se *session) error {
+		_, state, exposed, err := se.inspect(name{label, id})
+		if err != nil {
+			return err
+		}
+		found = keys.Inspection{CanSign: state == nil && (exposed == nil || se.exportable), Exportable: exposed != nil}
+		if why := errors.Join(state, exposed); why != nil {
+			found.Why = strings.ReplaceAll(why.Error(), "\n", "; ")
+		}
+		return nil
+	}})
+	if err != nil {
+		return keys.Inspection{}, fmt.Errorf("hsm: inspect: %w", err)
+	}
+	return found, nil
 }
 
 // Disable clears CKA_SIGN and reads it back. A destroyed version refuses already.
@@ -183,6 +236,7 @@ func (s *Store) Disable(ctx context.Context, label, id string) error {
 		if err := se.tok.mod.ck.SetAttributeValue(se.h, p.privateObj, off); err != nil {
 			return fmt.Errorf("%v: C_SetAttributeValue: %w", n, err)
 		}
+		se.tok.sights.note(n, sight{public: true, private: true})
 		if p, err = se.pair(n); err != nil {
 			return err
 		}
@@ -208,6 +262,7 @@ func (s *Store) Destroy(ctx context.Context, label, id string) error {
 		if err := se.tok.mod.ck.DestroyObject(se.h, p.privateObj); err != nil {
 			return fmt.Errorf("%v: C_DestroyObject: %w", n, err)
 		}
+		se.tok.sights.note(n, sight{public: true})
 		if p, err = se.pair(n); err != nil {
 			return err
 		}

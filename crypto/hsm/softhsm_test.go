@@ -68,11 +68,15 @@ func (tok softToken) open(t testing.TB) *Store {
 	return s
 }
 
-// impatient makes the circuit breaker of the store's token wait for next to nothing.
-func impatient(s *Store) {
-	s.tok.breaker.Lock()
-	defer s.tok.breaker.Unlock()
-	s.tok.backoffMin, s.tok.backoffMax = time.Nanosecond, time.Nanosecond
+// impatient makes the circuit breaker of the store's token wait for next to nothing, until the test ends.
+func impatient(t testing.TB, s *Store) {
+	wait := func(d time.Duration) {
+		s.tok.guard.Lock()
+		defer s.tok.guard.Unlock()
+		s.tok.breakerWait, s.tok.breaker = d, nil
+	}
+	wait(time.Nanosecond)
+	t.Cleanup(func() { wait(breakerWait) })
 }
 
 // raw runs fn on a session of the store, to make objects that the store itself would not.
@@ -303,7 +307,7 @@ func TestSoftHSMTokenGone(t *testing.T) {
 		t.Run(c.why, func(t *testing.T) {
 			tok := newSoftToken(t)
 			s := tok.open(t)
-			impatient(s)
+			impatient(t, s)
 			v, sg := mustCreate(t, s, keys.Ed25519)
 			away := filepath.Join(tok.dir, "away")
 			if err := os.Rename(softhsm.TokenDir(tok.dir), away); err != nil {

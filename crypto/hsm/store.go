@@ -29,6 +29,9 @@ type Store struct {
 	gone      chan struct{}         // closed when the last worker has ended
 	abandoned chan struct{}         // closed by Close when workers did not end in time
 	refused   atomic.Pointer[error] // latched keys.ErrCredential
+	proved    atomic.Bool           // the store's PIN has been compared with the process's login once
+
+	exportable bool // Config.AllowExportable
 
 	mu     sync.RWMutex // over closed and sends to queue
 	closed bool
@@ -70,9 +73,10 @@ func open(ctx context.Context, cfg Config, reg *registry) (*Store, error) {
 	}
 	m := reg.acquire(cfg.Module)
 	s := &Store{
-		tok: m.token(cfg.TokenLabel), log: cfg.Log, pin: cfg.PIN, now: time.Now, timeout: cfg.CloseTimeout,
+		tok: m.token(cfg.TokenLabel), log: cfg.Log, pin: cfg.PIN, now: time.Now, timeout: cfg.CloseTimeout, exportable: cfg.AllowExportable,
 		queue: make(chan *op, cfg.Queue), quit: make(chan struct{}), gone: make(chan struct{}), abandoned: make(chan struct{}),
 	}
+	s.tok.log.Store(cfg.Log)
 	s.workers.Store(int32(cfg.Sessions))
 	for range cfg.Sessions {
 		go (&worker{store: s}).run()

@@ -3,10 +3,11 @@
 package hsm
 
 import (
-	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/miekg/pkcs11"
@@ -24,8 +25,9 @@ type token struct {
 	// Written inside module.exclusive only.
 	gen uint64
 
-	// mu is held over slot search and login, so that one worker logs in and the others find themselves logged in.
-	mu       sync.Mutex
+	// turn is held over slot search and login, so that one worker logs in and the others find themselves logged in. A channel
+	// and not a mutex, because C calls are made with it held: tests that stop a call stop what waits for it.
+	turn     chan struct{} // of capacity 1
 	slot     uint
 	slotGen  uint64                // gen in which slot was found
 	pin      [32]byte              // MAC of the PIN that the token accepted last
@@ -33,12 +35,14 @@ type token struct {
 	refused  map[[32]byte]struct{} // MACs of PINs that the token refused: never sent to it again
 	locked   bool                  // the token said that its PIN is locked
 
-	// The circuit breaker: after a failed recovery no call is made until notBefore.
-	breaker                sync.Mutex
-	failures               int
-	notBefore              time.Time
-	lastErr                error
-	backoffMin, backoffMax time.Duration
+	breakerTrips uint32
+	breakerWait  time.Duration
+	guard        sync.Mutex // over breaker and what it points to; held for moments
+	breaker      *breaker   // nil: a new one, closed
+
+	sights sights
+
+	log atomic.Pointer[slog.Logger] // of the store opened last
 }
 
 // recover gives every worker new sessions: it closes all sessions of the token, or restarts the module when hard. seen is
@@ -64,8 +68,8 @@ func (t *token) recover(seen uint64, hard bool) (did bool, err error) {
 
 // open opens a session that is logged in. Between enter and exit. proved says that this store has shown its PIN before.
 func (t *token) open(pin func() (string, error), proved bool) (pkcs11.SessionHandle, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	t.turn <- struct{}{}
+	defer func() { <-t.turn }()
 	ck := t.mod.ck
 	if err := t.findSlot(); err != nil {
 		return 0, err
@@ -86,7 +90,7 @@ func (t *token) open(pin func() (string, error), proved bool) (pkcs11.SessionHan
 	return h, nil
 }
 
-// findSlot looks for the one token with the label; once for each generation. mu held.
+// findSlot looks for the one token with the label; once for each generation. In turn.
 func (t *token) findSlot() error {
 	if t.slotGen == t.gen {
 		return nil
@@ -125,7 +129,7 @@ func (t *token) findSlot() error {
 }
 
 // login logs the process in unless it is. A token never sees a PIN twice that it has refused, and a store whose PIN is
-// not the one the process is logged in with is refused without asking the token. mu held.
+// not the one the process is logged in with is refused without asking the token. In turn.
 func (t *token) login(h pkcs11.SessionHandle, source func() (string, error), proved bool) error {
 	si, err := t.mod.ck.GetSessionInfo(h)
 	if err != nil {
@@ -159,8 +163,8 @@ func (t *token) login(h pkcs11.SessionHandle, source func() (string, error), pro
 		t.locked = true
 		return fmt.Errorf("token %q: %w: the token says that its PIN is locked", t.label, keys.ErrCredential)
 	case info.Flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0:
-		return fmt.Errorf("token %q: %w: the token says that one more wrong PIN locks it; log in once with the vendor's tool",
-			t.label, keys.ErrCredential)
+		// No latch: our PIN has not been refused, and the warning goes when somebody logs in.
+		return fmt.Errorf("token %q: %w, so this process does not try its own; log in once with the vendor's tool", t.label, errLastTry)
 	}
 	switch err := t.mod.ck.Login(h, pkcs11.CKU_USER, pin); {
 	case err == nil:
@@ -168,8 +172,7 @@ func (t *token) login(h pkcs11.SessionHandle, source func() (string, error), pro
 		return nil
 	case isCode(err, pkcs11.CKR_USER_ALREADY_LOGGED_IN):
 		return t.same(mac)
-	case isCode(err, pkcs11.CKR_PIN_INCORRECT, pkcs11.CKR_PIN_INVALID, pkcs11.CKR_PIN_LEN_RANGE, pkcs11.CKR_PIN_EXPIRED,
-		pkcs11.CKR_PIN_LOCKED):
+	case meaning(err).remedy == never:
 		t.refused[mac] = struct{}{}
 		t.locked = isCode(err, pkcs11.CKR_PIN_LOCKED)
 		return fmt.Errorf("token %q: %w: C_Login: %w", t.label, keys.ErrCredential, err)
@@ -193,30 +196,4 @@ func (t *token) same(mac [32]byte) error {
 func (t *token) drop(h pkcs11.SessionHandle) {
 	_ = t.mod.ck.CloseSession(h)
 	t.mod.disclaim(h) // after the close: until then nobody else may be given the number
-}
-
-// tripped returns the error of the last recovery while it is too early for the next.
-func (t *token) tripped(now time.Time) error {
-	t.breaker.Lock()
-	defer t.breaker.Unlock()
-	if t.failures > 0 && now.Before(t.notBefore) {
-		return fmt.Errorf("%w: tried again in %v, last: %w", keys.ErrUnavailable, t.notBefore.Sub(now).Round(time.Millisecond), t.lastErr)
-	}
-	return nil
-}
-
-// report notes how an operation went with the token.
-func (t *token) report(now time.Time, err error) {
-	t.breaker.Lock()
-	defer t.breaker.Unlock()
-	if !isLost(err) && !errors.Is(err, errStuck) {
-		t.failures, t.lastErr = 0, nil
-		return
-	}
-	wait := t.backoffMax
-	if t.failures < 16 {
-		wait = min(wait, t.backoffMin<<t.failures)
-	}
-	t.failures++
-	t.notBefore, t.lastErr = now.Add(wait), err
 }

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"sync/atomic"
-	"time"
 
 	"github.com/miekg/pkcs11"
 
@@ -22,7 +21,7 @@ type op struct {
 	ctx  context.Context
 	fn   func(*session) error // may run more than once: a try that met a lost session is repeated
 	undo func(*session) error // not nil: run after fn when the caller has gone
-	now  bool                 // tried even while the circuit breaker waits
+	now  bool                 // tried even while the circuit breaker is open
 	done chan error           // buffered: a worker never waits for a caller
 	end  atomic.Bool          // set by whoever is first: the worker that finishes, or the caller that gives up
 }
@@ -31,6 +30,11 @@ type op struct {
 func (s *Store) do(ctx context.Context, o *op) error {
 	if err := ctx.Err(); err != nil {
 		return err
+	}
+	if !o.now { // refused here already, because every worker may stand in a C call
+		if err := s.tok.tripped(); err != nil {
+			return err
+		}
 	}
 	o.ctx, o.done = ctx, make(chan error, 1)
 	if err := s.enqueue(o); err != nil {
@@ -68,9 +72,8 @@ func (s *Store) enqueue(o *op) error {
 
 // worker owns one session and runs operations on it, one after the other.
 type worker struct {
-	store  *Store
-	sess   *session
-	proved bool // the store's PIN has been compared with the login once
+	store *Store
+	sess  *session
 }
 
 // run serves the queue until the store closes, then answers what is left in it and closes the session.
@@ -104,30 +107,37 @@ func (w *worker) serve(o *op) {
 	}
 }
 
-// exec runs an operation and recovers when its session turns out to be lost: first new sessions, then a new C_Initialize.
-// What another worker has recovered costs none of these steps, only a turn.
+// exec runs an operation through the circuit breaker, unless the store's PIN was refused: that is for good.
 func (w *worker) exec(o *op) error {
 	s, t := w.store, w.store.tok
 	if err := s.refused.Load(); err != nil {
 		return *err
 	}
-	if !o.now {
-		if err := t.tripped(time.Now()); err != nil {
-			return err
-		}
+	err := t.guarded(o.now, func() error { return sentinel(w.persist(o)) })
+	if errors.Is(err, keys.ErrCredential) && s.refused.CompareAndSwap(nil, &err) {
+		s.log.LogAttrs(o.ctx, slog.LevelError, "hsm: credential refused; no more tries until restart",
+			slog.String("token", t.label), slog.Any("error", err))
 	}
+	return err
+}
+
+// persist runs an operation and recovers when its session turns out to be lost: first new sessions, then a new C_Initialize.
+// What another worker has recovered costs none of these steps, only a turn.
+func (w *worker) persist(o *op) error {
+	s, t := w.store, w.store.tok
 	var err error
 	steps := 0
 	for range 6 {
 		var seen uint64
 		seen, err = w.try(o.fn)
-		if !isLost(err) || steps == 2 {
+		doubt := errors.Is(err, errDoubt) // not a loss: however the sessions were lost before, it is looked at once more
+		if !isLost(err) || steps == 2 && !doubt {
 			break
 		}
 		if o.ctx.Err() != nil {
 			return err // nobody waits for the recovery; the next caller sees to it
 		}
-		hard := steps == 1 || needsRestart(err)
+		hard := steps >= 1 || needsRestart(err)
 		did, failed := t.recover(seen, hard)
 		if did && !errors.Is(err, errDown) {
 			s.log.LogAttrs(o.ctx, slog.LevelWarn, "hsm: session lost, recovering", slog.String("token", t.label),
@@ -148,13 +158,7 @@ func (w *worker) exec(o *op) error {
 			}
 		}
 	}
-	if errors.Is(err, keys.ErrCredential) {
-		s.refused.CompareAndSwap(nil, &err)
-		s.log.LogAttrs(o.ctx, slog.LevelError, "hsm: credential refused; no more tries until restart",
-			slog.String("token", t.label), slog.Any("error", err))
-	}
-	t.report(time.Now(), err)
-	return sentinel(err)
+	return err
 }
 
 // try runs fn once on a session of the current generation, which it returns.
@@ -167,12 +171,12 @@ func (w *worker) try(fn func(*session) error) (gen uint64, err error) {
 		return gen, errDown
 	}
 	if w.sess == nil || w.sess.gen != gen {
-		h, err := t.open(w.store.pin, w.proved)
+		h, err := t.open(w.store.pin, w.store.proved.Load())
 		if err != nil {
 			return gen, err
 		}
-		w.sess = &session{tok: t, h: h, gen: gen, private: make(map[name]pkcs11.ObjectHandle)}
-		w.proved = true
+		w.sess = &session{tok: t, h: h, gen: gen, exportable: w.store.exportable, private: make(map[name]pkcs11.ObjectHandle)}
+		w.store.proved.Store(true)
 	}
 	return gen, fn(w.sess)
 }

@@ -28,7 +28,7 @@ const (
 // State of a key version.
 type State string
 
-// The states. A destroyed version stays listed where the store can archive its public key.
+// The states. A destroyed version stays listed with its public key: what it signed is verified for ever.
 const (
 	Enabled   State = "enabled"
 	Disabled  State = "disabled"
@@ -38,7 +38,7 @@ const (
 // Version is one version of a named key.
 type Version struct {
 	Label     string // name of the key, shared by its versions
-	ID        string // unique within the label, made by the store
+	ID        string // unique within the label, made by the store; opaque to callers, who neither parse nor order by it
 	Algorithm Algorithm
 	Public    crypto.PublicKey // ed25519.PublicKey or *ecdsa.PublicKey
 	State     State
@@ -58,7 +58,8 @@ type Signer interface {
 type Store interface {
 	// Custody says in words where private keys live: for people, "token knhk (SoftHSM v2)" or "software keys, development only".
 	Custody() string
-	// Create makes a new enabled version and proves that it signs. Durable when it returns.
+	// Create makes a new enabled version and proves that it signs. Durable when it returns. It may take seconds. On an error,
+	// the end of ctx included, a version may have been made all the same, and Versions lists it then.
 	Create(ctx context.Context, label string, alg Algorithm) (Version, error)
 	// Versions lists the versions of label in order of creation; none is not an error.
 	Versions(ctx context.Context, label string) ([]Version, error)
@@ -66,7 +67,8 @@ type Store interface {
 	Signer(ctx context.Context, label, id string) (Signer, error)
 	// Disable makes a version refuse to sign, at once and also for Signers opened before. Idempotent.
 	Disable(ctx context.Context, label, id string) error
-	// Destroy removes the private key for ever. Idempotent.
+	// Destroy removes the private key for ever, or has the store remove it after a delay of its own; it never signs again.
+	// The version stays listed. Idempotent.
 	Destroy(ctx context.Context, label, id string) error
 	// Close releases sessions and handles; Signers fail afterwards.
 	Close() error
@@ -76,8 +78,9 @@ type Store interface {
 var (
 	ErrNotFound    = errors.New("key version not found")
 	ErrDisabled    = errors.New("key version is disabled or destroyed")
-	ErrCredential  = errors.New("credential refused; it is not tried again until restart") // wrong PIN, latched
-	ErrUnavailable = errors.New("key store unavailable")                                   // token gone, sessions lost, busy: try again
+	ErrCredential  = errors.New("credential refused")                   // PINs: latched until restart; others: tried again later
+	ErrUnavailable = errors.New("key store unavailable")                // token gone, sessions lost, busy: try again
+	ErrThrottled   = errors.New("key store refuses more calls for now") // quota: try again, later and less often
 )
 
 // ParseAlgorithm accepts the constants of this package.

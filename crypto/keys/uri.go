@@ -3,9 +3,7 @@ package keys
 import (
 	"errors"
 	"fmt"
-	"io"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
 	"unicode"
@@ -17,22 +15,30 @@ import (
 //	soft:DIR?label=LABEL
 //	pkcs11:token=TOKEN;object=LABEL?module-path=/PATH&pin-source=file:/PATH      (RFC 7512)
 //	pkcs11:token=TOKEN;object=LABEL?module-path=/PATH&pin-source=env:NAME
+//	gcpkms:, awskms:, azurekms:, vault:                                          (key services: uri_service.go)
 //
 // Values are percent-encoded where they hold anything but letters, digits and "-._~". A URI holds no secret: a PIN is
 // only pointed at. Whoever can write the file or variable that pin-source names can lock the token by wrong PINs;
 // whoever can read it can use the keys, if the token lets them in. Whoever can change module-path runs code in the
 // process that signs.
 type URI struct {
-	Scheme    string // "soft" or "pkcs11"
+	Scheme    string // "soft", "pkcs11", "gcpkms", "awskms", "azurekms" or "vault"
 	Label     string // name of the key (pkcs11: object, CKA_LABEL); empty for soft when the URI names none: the caller chooses
 	Dir       string // soft: the store's directory, relative to the working directory unless it begins with "/"
 	Token     string // pkcs11: label of the token
 	Module    string // pkcs11: absolute path of the PKCS#11 library
 	PINSource string // pkcs11: "file:/path" or "env:NAME"
-}
 
-// maxPIN bounds a PIN source, in bytes. Tokens accept far less.
-const maxPIN = 1024
+	Location    string // gcpkms: "projects/P/locations/L/keyRings/R"; awskms: region; azurekms: host; vault: HOST:PORT
+	Mount       string // vault: mount of the transit engine
+	Endpoint    string // address instead of the service's own: HOST:PORT for gcpkms, else a URL without a path
+	Credentials string // gcpkms: "file:/path" of a credentials file; empty: application default credentials
+	TokenSource string // azurekms: "file:/path"; vault: that or "env:NAME"; empty: the environment
+	Namespace   string // vault: namespace
+	CA          string // vault: absolute path of the certificates to trust; empty: those of the system
+	Archive     string // absolute directory for public keys; empty: the caller chooses
+	IMDS        bool   // awskms, azurekms: the metadata address of the virtual machine may be asked for credentials
+}
 
 // ParseURI reads a key URI. Attributes that are missing, repeated, unknown or hold control characters are errors that
 // name the attribute; no error repeats a value that may be a secret.
@@ -46,8 +52,10 @@ func ParseURI(s string) (URI, error) {
 		u, err = parseSoft(path, query, hasQuery)
 	case ok && scheme == "pkcs11":
 		u, err = parsePKCS11(path, query, hasQuery)
+	case ok && services[scheme] != nil:
+		u, err = parseService(scheme, path, query, hasQuery)
 	default:
-		err = errors.New(`want a key URI that begins with "soft:" or "pkcs11:"`)
+		err = errors.New(`want a key URI that begins with "soft:", "pkcs11:", "gcpkms:", "awskms:", "azurekms:" or "vault:"`)
 	}
 	if err != nil {
 		return URI{}, fmt.Errorf("keys: parse uri: %w", err)
@@ -109,37 +117,10 @@ func parsePKCS11(path, query string, hasQuery bool) (URI, error) {
 	if !filepath.IsAbs(u.Module) {
 		return URI{}, errors.New(`pkcs11: attribute "module-path" is not an absolute path`)
 	}
-	if u.PINSource, err = pinSource(more["pin-source"]); err != nil {
+	if u.PINSource, err = secretSource(more["pin-source"]); err != nil {
 		return URI{}, fmt.Errorf("pkcs11: attribute \"pin-source\": %w", err)
 	}
 	return u, nil
-}
-
-// pinSource checks a pin-source and brings it into its one form. It may hold a PIN by mistake, so errors do not repeat it.
-func pinSource(s string) (string, error) {
-	kind, value, _ := strings.Cut(s, ":")
-	switch kind {
-	case "file":
-		if rest, ok := strings.CutPrefix(value, "//"); ok { // RFC 8089: file:///path is file:/path
-			value = rest
-		}
-		if !filepath.IsAbs(value) || strings.HasPrefix(value, "//") {
-			return "", errors.New("want file:/path with an absolute path")
-		}
-		return "file:" + value, nil
-	case "env":
-		for i, c := range []byte(value) {
-			letter := c == '_' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z'
-			if !letter && (i == 0 || c < '0' || c > '9') {
-				return "", errors.New("want env:NAME with the name of an environment variable")
-			}
-		}
-		if value == "" {
-			return "", errors.New("want env:NAME, the name is empty")
-		}
-		return "env:" + value, nil
-	}
-	return "", errors.New("want file:/path or env:NAME")
 }
 
 // attributes splits name=value pairs, decodes the values and refuses what is not in known.
@@ -200,6 +181,9 @@ func (u URI) String() string {
 		return "pkcs11:token=" + encode(u.Token, "") + ";object=" + encode(u.Label, "") +
 			"?module-path=" + encode(u.Module, "/:") + "&pin-source=" + encode(u.PINSource, "/:")
 	}
+	if u.IsService() {
+		return u.serviceString()
+	}
 	return ""
 }
 
@@ -217,43 +201,15 @@ func encode(s, keep string) string {
 	return b.String()
 }
 
-// PIN reads the PIN from where pin-source points, anew at each call, and trims one line break at its end. It is at most
-// 1024 bytes, not empty and without NUL. Errors name the source, never the value. The caller keeps the PIN no longer than
-// one login takes and never logs it.
+// PIN reads the PIN from where pin-source points, as ReadSecret does. The caller keeps it no longer than one login takes and
+// never logs it.
 func (u URI) PIN() (string, error) {
-	kind, value, _ := strings.Cut(u.PINSource, ":")
-	var pin string
-	switch kind {
-	case "file":
-		f, err := os.Open(value)
-		if err != nil {
-			return "", fmt.Errorf("keys: read pin: %w", err)
-		}
-		defer f.Close()
-		b, err := io.ReadAll(io.LimitReader(f, maxPIN+3)) // PIN, CR, LF and one more to see that it is too long
-		if err != nil {
-			return "", fmt.Errorf("keys: read pin: %w", err)
-		}
-		pin = string(b)
-	case "env":
-		v, ok := os.LookupEnv(value)
-		if !ok {
-			return "", fmt.Errorf("keys: read pin: environment variable %s is not set", value)
-		}
-		pin = v
-	default:
+	if u.PINSource == "" {
 		return "", fmt.Errorf("keys: read pin: a %q key has no pin-source", u.Scheme)
 	}
-	if rest, ok := strings.CutSuffix(pin, "\n"); ok {
-		pin = strings.TrimSuffix(rest, "\r")
-	}
-	switch {
-	case pin == "":
-		return "", fmt.Errorf("keys: read pin: %s is empty", u.PINSource)
-	case len(pin) > maxPIN:
-		return "", fmt.Errorf("keys: read pin: %s holds more than %d bytes", u.PINSource, maxPIN)
-	case strings.ContainsRune(pin, 0):
-		return "", fmt.Errorf("keys: read pin: %s holds a NUL byte", u.PINSource)
+	pin, err := readSecret(u.PINSource)
+	if err != nil {
+		return "", fmt.Errorf("keys: read pin: %w", err)
 	}
 	return pin, nil
 }

@@ -46,10 +46,10 @@ func TestParseURIRefuses(t *testing.T) {
 	p := func(path string) string { return "pkcs11:" + path + pkcs11Tail }
 	q := func(query string) string { return "pkcs11:token=knhk;object=identity?" + query }
 	for _, c := range []struct{ why, in, want string }{
-		{"empty", "", `begins with "soft:" or "pkcs11:"`},
-		{"no scheme", "run/keys", `begins with "soft:" or "pkcs11:"`},
-		{"unknown scheme", "file:/keys", `begins with "soft:" or "pkcs11:"`},
-		{"schemes are lower case here", "PKCS11:token=x", `begins with "soft:" or "pkcs11:"`},
+		{"empty", "", `begins with "soft:", "pkcs11:", "gcpkms:"`},
+		{"no scheme", "run/keys", `begins with "soft:", "pkcs11:", "gcpkms:"`},
+		{"unknown scheme", "file:/keys", `begins with "soft:", "pkcs11:", "gcpkms:"`},
+		{"schemes are lower case here", "PKCS11:token=x", `begins with "soft:", "pkcs11:", "gcpkms:"`},
 		{"soft without a directory", "soft:", "directory is empty"},
 		{"soft with a host", "soft://keys/dir", "no host part"},
 		{"soft with an unknown attribute", "soft:dir?object=x", `attribute "object" is unknown, want label`},
@@ -133,8 +133,8 @@ func TestPIN(t *testing.T) {
 		{"only one line break goes", "1234\n\n", "1234\n", ""},
 		{"a CR of its own stays", "1234\r", "1234\r", ""},
 		{"spaces stay", " 12 34 \n", " 12 34 ", ""},
-		{"longest", strings.Repeat("9", maxPIN) + "\r\n", strings.Repeat("9", maxPIN), ""},
-		{"too long", strings.Repeat("9", maxPIN+1), "", "more than 1024 bytes"},
+		{"longest", strings.Repeat("9", maxSecret) + "\r\n", strings.Repeat("9", maxSecret), ""},
+		{"too long", strings.Repeat("9", maxSecret+1), "", "more than 1024 bytes"},
 		{"far too long", strings.Repeat("9", 1<<20), "", "more than 1024 bytes"},
 		{"empty", "", "", "is empty"},
 		{"only a line break", "\n", "", "is empty"},
@@ -179,6 +179,10 @@ func FuzzParseURI(f *testing.F) {
 	f.Add("pkcs11:token=knhk;object=identity" + pkcs11Tail)
 	f.Add("pkcs11:token=a%3Bb;object=o?pin-source=env:PIN&module-path=/m.so")
 	f.Add("pkcs11:token=t;object=o?module-path=/m.so&pin-value=1234")
+	f.Add("gcpkms://projects/p/locations/l/keyRings/r?label=d&endpoint=127.0.0.1:1&credentials=file:/c")
+	f.Add("awskms://r?label=d&imds=true&endpoint=http://[::1]:1")
+	f.Add("azurekms://v.vault.azure.net?label=d&token-source=file:/t")
+	f.Add("vault://h:1/m?label=d&token-source=env:T&namespace=n&ca=/c&archive=/a")
 	f.Fuzz(func(t *testing.T, s string) {
 		u, err := ParseURI(s)
 		if err != nil {
@@ -197,4 +201,140 @@ func FuzzParseURI(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestParseServiceURI(t *testing.T) {
+	const ring = "projects/p-1/locations/europe-west1/keyRings/knhk"
+	for _, c := range []struct {
+		in      string
+		want    URI
+		address string
+		plain   bool
+		place   string
+	}{
+		{
+			"gcpkms://" + ring + "?label=daily", URI{Scheme: "gcpkms", Location: ring, Label: "daily"},
+			"", false, "gcpkms://" + ring,
+		},
+		{
+			"gcpkms://" + ring + "?label=daily&credentials=file:///run/key.json&archive=/var/lib/a",
+			URI{Scheme: "gcpkms", Location: ring, Label: "daily", Credentials: "file:/run/key.json", Archive: "/var/lib/a"},
+			"", false, "gcpkms://" + ring,
+		},
+		{
+			"gcpkms://" + ring + "?label=daily&endpoint=127.0.0.1:9000", URI{Scheme: "gcpkms", Location: ring, Label: "daily", Endpoint: "127.0.0.1:9000"},
+			"127.0.0.1:9000", true, "gcpkms://" + ring + "?endpoint=127.0.0.1:9000",
+		},
+		{
+			"gcpkms://" + ring + "?label=daily&endpoint=kms.example:443", URI{Scheme: "gcpkms", Location: ring, Label: "daily", Endpoint: "kms.example:443"},
+			"kms.example:443", false, "gcpkms://" + ring + "?endpoint=kms.example:443",
+		},
+		{
+			"awskms://eu-central-1?label=a%20b&imds=true", URI{Scheme: "awskms", Location: "eu-central-1", Label: "a b", IMDS: true},
+			"", false, "awskms://eu-central-1",
+		},
+		{
+			"awskms://eu-central-1?label=d&endpoint=http://[::1]:80",
+			URI{Scheme: "awskms", Location: "eu-central-1", Label: "d", Endpoint: "http://[::1]:80"},
+			"http://[::1]:80", true, "awskms://eu-central-1?endpoint=http://[::1]:80",
+		},
+		{
+			"awskms://eu-central-1?label=d&endpoint=https://vpce.example",
+			URI{Scheme: "awskms", Location: "eu-central-1", Label: "d", Endpoint: "https://vpce.example"},
+			"https://vpce.example", false, "awskms://eu-central-1?endpoint=https://vpce.example",
+		},
+		{
+			"azurekms://v1.vault.azure.net?label=d&token-source=file:/run/token",
+			URI{Scheme: "azurekms", Location: "v1.vault.azure.net", Label: "d", TokenSource: "file:/run/token"},
+			"https://v1.vault.azure.net", false, "azurekms://v1.vault.azure.net",
+		},
+		{
+			"vault://vault.example:8200/transit/eu?label=d&token-source=env:VAULT_TOKEN&namespace=ns/a&ca=/etc/ca.pem",
+			URI{
+				Scheme: "vault", Location: "vault.example:8200", Mount: "transit/eu", Label: "d", TokenSource: "env:VAULT_TOKEN", Namespace: "ns/a",
+				CA: "/etc/ca.pem",
+			},
+			"https://vault.example:8200", false, "vault://vault.example:8200/transit/eu?namespace=ns/a",
+		},
+		{
+			"vault://127.0.0.1:8200/transit?label=d", URI{Scheme: "vault", Location: "127.0.0.1:8200", Mount: "transit", Label: "d"},
+			"http://127.0.0.1:8200", true, "vault://127.0.0.1:8200/transit",
+		},
+		{
+			"vault://localhost:8200/transit?label=d&ca=/ca.pem", URI{Scheme: "vault", Location: "localhost:8200", Mount: "transit", Label: "d", CA: "/ca.pem"},
+			"https://localhost:8200", false, "vault://localhost:8200/transit",
+		},
+	} {
+		got, err := ParseURI(c.in)
+		if err != nil || got != c.want {
+			t.Errorf("ParseURI(%q) = %+v, %v; want %+v", c.in, got, err, c.want)
+			continue
+		}
+		if again, err := ParseURI(got.String()); err != nil || again != got {
+			t.Errorf("String is %q, which reads as %+v, %v", got, again, err)
+		}
+		if address, plain := got.Service(); address != c.address || plain != c.plain || got.Place() != c.place || !got.IsService() {
+			t.Errorf("%q: Service %q, %v; Place %q", c.in, address, plain, got.Place())
+		}
+	}
+}
+
+func TestParseServiceURIRefuses(t *testing.T) {
+	const secret = "S3cr3t"
+	const ring = "gcpkms://projects/p/locations/l/keyRings/r"
+	for _, c := range []struct{ in, want string }{
+		{"gcpkms:projects/p", "want gcpkms://"},
+		{"gcpkms://projects/p/locations/l", "want gcpkms://projects/PROJECT"},
+		{"gcpkms://projects/p/locations/l/keyRings/", "keyRings is empty"},
+		{"gcpkms://projects/../locations/l/keyRings/r", "projects is no name"},
+		{"gcpkms://projects/p%2Fq/locations/l/keyRings/r", "projects holds something beside"},
+		{ring, `attribute "label" is missing`},
+		{ring + "?label=", `attribute "label" is empty`},
+		{ring + "?label=d&label=e", `attribute "label" stands twice`},
+		{ring + "?label=d&imds=true", `attribute "imds" is unknown`},
+		{ring + "?label=d&endpoint=https://h:1", `attribute "endpoint"`},
+		{ring + "?label=d&endpoint=h", `want HOST:PORT`},
+		{ring + "?label=d&endpoint=h:0", `port from 1`},
+		{ring + "?label=d&endpoint=127.0.0.01:1", `attribute "endpoint"`},
+		{ring + "?label=d&credentials=" + secret, `attribute "credentials": want file:/path`},
+		{ring + "?label=d&credentials=env:" + secret, `attribute "credentials": want file:/path`},
+		{ring + "?label=d&credentials=file:" + secret, `attribute "credentials": want file:/path`},
+		{ring + "?label=d&archive=run", `attribute "archive": want an absolute path`},
+		{"awskms://?label=d", "region is empty"},
+		{"awskms://eu central?label=d", "region holds something beside"},
+		{"awskms://eu-central-1?label=d&imds=yes", "want imds=true"},
+		{"awskms://eu-central-1?label=d&secret-key=" + secret, `attribute "secret-key" is unknown`},
+		{"awskms://eu-central-1?label=d&endpoint=http://kms.example", "http is for loopback hosts alone"},
+		{"awskms://eu-central-1?label=d&endpoint=http://127.0.0.1.example", "http is for loopback hosts alone"},
+		{"awskms://eu-central-1?label=d&endpoint=https://u:" + secret + "@h", "want https://HOST"},
+		{"awskms://eu-central-1?label=d&endpoint=https://h/path", "want https://HOST"},
+		{"azurekms://V.vault.azure.net?label=d", "no DNS name in lower case"},
+		{"azurekms://v.vault.azure.net/keys?label=d", "no DNS name"},
+		{"azurekms://v.vault.azure.net?label=d&token-source=env:T", "want file:/path"},
+		{"vault://h/transit?label=d", "want HOST:PORT"},
+		{"vault://h:8200?label=d", "want vault://HOST:PORT/MOUNT"},
+		{"vault://h:8200/?label=d", "want vault://HOST:PORT/MOUNT"},
+		{"vault://h:8200/a//b?label=d", "mount is empty"},
+		{"vault://h:8200/a/../b?label=d", "mount is no name"},
+		{"vault://" + secret + "@h:8200/transit?label=d", "no DNS name"},
+		{"vault://h:8200/transit?label=d&token=" + secret, `attribute "token" is unknown`},
+		{"vault://h:8200/transit?label=d&token-source=" + secret, `attribute "token-source": want file:/path or env:NAME`},
+		{"vault://h:8200/transit?label=d&ca=ca.pem", `attribute "ca": want an absolute path`},
+		{"vault://h:8200/transit?label=d&" + secret, "attribute 2 is not NAME=VALUE"},
+	} {
+		_, err := ParseURI(c.in)
+		if err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), secret) {
+			t.Errorf("ParseURI(%q): %v; want %q", c.in, err, c.want)
+		}
+	}
+}
+
+func TestAccessToken(t *testing.T) {
+	t.Setenv("KNHK_TEST_TOKEN", "hvs.1\n")
+	if got, err := (URI{Scheme: "vault", TokenSource: "env:KNHK_TEST_TOKEN"}).AccessToken(); got != "hvs.1" || err != nil {
+		t.Errorf("AccessToken = %q, %v", got, err)
+	}
+	if _, err := (URI{Scheme: "vault"}).AccessToken(); err == nil || !strings.Contains(err.Error(), "no token-source") {
+		t.Errorf("AccessToken without a source: %v", err)
+	}
 }

@@ -137,7 +137,7 @@ func decodeVersion(b []byte) (version, error) {
 		return version{}, errors.New("private_key is not a PKCS#8 private key")
 	}
 	s, ok := private.(crypto.Signer)
-	if !ok || !samePublic(s.Public(), pub) {
+	if !ok || !keys.SamePublic(s.Public(), pub) {
 		return version{}, errors.New("private_key does not belong to public_key")
 	}
 	v.private = s
@@ -150,11 +150,6 @@ func unPEM(field, kind, text string) ([]byte, error) {
 		return nil, fmt.Errorf("%s is not one PEM block %q", field, kind)
 	}
 	return block.Bytes, nil
-}
-
-func samePublic(a, b crypto.PublicKey) bool {
-	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
-	return ok && k.Equal(b)
 }
 
 // readVersion reads one file and checks its mode and that its name is that of its content.

@@ -241,6 +241,27 @@ func (s *Store) Signer(ctx context.Context, label, id string) (keys.Signer, erro
 	return &signer{store: s, alg: v.Algorithm, public: v.Public, v: v, info: info}, nil
 }
 
+// Inspect says how a version's private key is kept: in a file, which whoever can read it can copy. Implements keys.Inspector.
+func (s *Store) Inspect(ctx context.Context, label, id string) (keys.Inspection, error) {
+	if err := s.begin(ctx); err != nil {
+		return keys.Inspection{}, fmt.Errorf("soft: inspect: %w", err)
+	}
+	v, _, err := s.read(label, id)
+	if err != nil {
+		return keys.Inspection{}, fmt.Errorf("soft: inspect: %w", err)
+	}
+	found := keys.Inspection{CanSign: v.State == keys.Enabled, Exportable: v.State != keys.Destroyed}
+	switch v.State {
+	case keys.Destroyed:
+		found.Why = "the private key is destroyed"
+	case keys.Disabled:
+		found.Why = "the version is disabled; its private key lies in a file and can be copied"
+	case keys.Enabled:
+		found.Why = "the private key lies in a file and can be copied: use a token in production"
+	}
+	return found, nil
+}
+
 // Disable makes a version refuse to sign. A destroyed one refuses already.
 func (s *Store) Disable(ctx context.Context, label, id string) error {
 	if err := s.change(ctx, label, id, keys.Disabled); err != nil {
@@ -331,7 +352,7 @@ func (g *signer) current() (version, error) {
 	if err != nil {
 		return version{}, err
 	}
-	if !samePublic(v.Public, g.public) {
+	if !keys.SamePublic(v.Public, g.public) {
 		return version{}, fmt.Errorf("the key of label %q, id %q was replaced by another", v.Label, v.ID)
 	}
 	g.v, g.info = v, info

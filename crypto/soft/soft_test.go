@@ -319,10 +319,10 @@ func FuzzDecodeVersion(f *testing.F) {
 			t.Fatalf("encode: %v", err)
 		}
 		w, err := decodeVersion(again)
-		if err != nil || w.ID != v.ID || w.State != v.State || !samePublic(w.Public, v.Public) {
+		if err != nil || w.ID != v.ID || w.State != v.State || !keys.SamePublic(w.Public, v.Public) {
 			t.Fatalf("decode of what was encoded: %+v, %v", w, err)
 		}
-		if v.private != nil && !samePublic(v.private.Public(), v.Public) {
+		if v.private != nil && !keys.SamePublic(v.private.Public(), v.Public) {
 			t.Fatal("accepted keys that do not belong together")
 		}
 	})

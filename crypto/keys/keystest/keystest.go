@@ -22,18 +22,43 @@ import (
 
 // slack is how long after the end of its context an operation may take to return before the suite calls it late. The
 // contract says 100 ms; the rest is for a loaded machine.
-const slack = 2 * time.Second
-
-// algorithms are tried in each case that signs.
-var algorithms = []keys.Algorithm{keys.Ed25519, keys.P256}
+const slack = 30 * time.Second
 
 // Run tests a store. open opens the same underlying store whenever it is called, also while another handle is open; it
 // ends the test itself when it cannot. The suite closes each handle. Labels are made from the names of the subtests, so
 // a store that still holds keys of an earlier run is emptied first by the caller.
-func Run(t *testing.T, open func(t *testing.T) keys.Store) {
-	s := suite{open: open}
+func Run(t *testing.T, open func(t *testing.T) keys.Store) { RunWithin(t, open, Limits{}) }
+
+// Limits declares what the service behind a store cannot do, so that the suite asks for what it can, and that the rest is refused.
+type Limits struct {
+	// Messages are the shortest and the longest message, in bytes, that are signed with an algorithm; without an entry it is 0
+	// to keys.MaxMessage.
+	Messages map[keys.Algorithm][2]int
+	// NoEd25519: Create of an Ed25519 version is an error that wraps errors.ErrUnsupported, and makes nothing.
+	NoEd25519 bool
+	// NoDestroy: Destroy disables a version, which is listed as keys.Disabled from then on, never as keys.Destroyed.
+	NoDestroy bool
+}
+
+func (l Limits) messages(alg keys.Algorithm) (shortest, longest int) {
+	if m, ok := l.Messages[alg]; ok {
+		return m[0], m[1]
+	}
+	return 0, keys.MaxMessage
+}
+
+// RunWithin is Run for a store of declared limits.
+func RunWithin(t *testing.T, open func(t *testing.T) keys.Store, limits Limits) {
+	s := suite{open: open, limits: limits, algorithms: []keys.Algorithm{keys.Ed25519, keys.P256}, gone: keys.Destroyed}
+	if limits.NoEd25519 {
+		s.algorithms = s.algorithms[1:]
+		t.Run("no-ed25519", s.noEd25519)
+	}
+	if limits.NoDestroy {
+		s.gone = keys.Disabled
+	}
 	t.Run("custody", s.custody)
-	for _, alg := range algorithms {
+	for _, alg := range s.algorithms {
 		t.Run(string(alg), func(t *testing.T) {
 			t.Run("create", func(t *testing.T) { s.create(t, alg) })
 			t.Run("messages", func(t *testing.T) { s.messages(t, alg) })
@@ -42,6 +67,7 @@ func Run(t *testing.T, open func(t *testing.T) keys.Store) {
 			t.Run("restart", func(t *testing.T) { s.restart(t, alg) })
 			t.Run("deadline", func(t *testing.T) { s.deadline(t, alg) })
 			t.Run("two-handles", func(t *testing.T) { s.twoHandles(t, alg) })
+			t.Run("archived", func(t *testing.T) { s.archived(t, alg) })
 		})
 	}
 	t.Run("order", s.order)
@@ -49,10 +75,17 @@ func Run(t *testing.T, open func(t *testing.T) keys.Store) {
 	t.Run("context-over", s.contextOver)
 	t.Run("bad-arguments", s.badArguments)
 	t.Run("concurrent", s.concurrent)
+	t.Run("cancel-queued", s.cancelQueued)
+	t.Run("inspect", s.inspect)
 	t.Run("closed", s.closed)
 }
 
-type suite struct{ open func(t *testing.T) keys.Store }
+type suite struct {
+	open       func(t *testing.T) keys.Store
+	limits     Limits
+	algorithms []keys.Algorithm // are tried in each case that signs; the first where any will do
+	gone       keys.State       // of a version after Destroy
+}
 
 // store opens a handle that the test closes at its end.
 func (s suite) store(t *testing.T) keys.Store {
@@ -122,11 +155,6 @@ func find(t *testing.T, st keys.Store, v keys.Version) (keys.Version, bool) {
 	return keys.Version{}, false
 }
 
-func samePublic(a, b crypto.PublicKey) bool {
-	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
-	return ok && k.Equal(b)
-}
-
 func refused(t *testing.T, sg keys.Signer, want error) {
 	t.Helper()
 	if sig, err := sg.Sign(t.Context(), []byte("refused")); !errors.Is(err, want) || sig != nil {
@@ -153,12 +181,12 @@ func (s suite) create(t *testing.T, alg keys.Algorithm) {
 		t.Errorf("public key of Create: %s, %v; want %s", got, err, alg)
 	}
 	got, ok := find(t, st, v)
-	if !ok || got.State != keys.Enabled || got.Algorithm != alg || !samePublic(got.Public, v.Public) || !got.Created.Equal(v.Created) {
+	if !ok || got.State != keys.Enabled || got.Algorithm != alg || !keys.SamePublic(got.Public, v.Public) || !got.Created.Equal(v.Created) {
 		t.Errorf("Versions lists %+v (%v), Create returned %+v", got, ok, v)
 	}
 	sg := signer(t, st, v)
-	if sg.Algorithm() != alg || !samePublic(sg.Public(), v.Public) {
-		t.Errorf("Signer: %s, same public key: %v", sg.Algorithm(), samePublic(sg.Public(), v.Public))
+	if sg.Algorithm() != alg || !keys.SamePublic(sg.Public(), v.Public) {
+		t.Errorf("Signer: %s, same public key: %v", sg.Algorithm(), keys.SamePublic(sg.Public(), v.Public))
 	}
 	signs(t, sg, v.Public, []byte("checkpoint"))
 	if vs := versions(t, st, l+".other"); len(vs) != 0 {
@@ -170,12 +198,16 @@ func (s suite) messages(t *testing.T, alg keys.Algorithm) {
 	st := s.store(t)
 	v := create(t, st, label(t), alg)
 	sg := signer(t, st, v)
-	for _, n := range []int{0, 1, 31, 32, 33, 64, 4096, keys.MaxMessage} {
-		signs(t, sg, v.Public, bytes.Repeat([]byte{0xa5}, n))
+	shortest, longest := s.limits.messages(alg)
+	for _, n := range []int{0, 1, 31, 32, 33, 64, 4096, keys.MaxMessage, longest, longest + 1} {
+		if shortest <= n && n <= longest {
+			signs(t, sg, v.Public, bytes.Repeat([]byte{0xa5}, n))
+		} else if sig, err := sg.Sign(t.Context(), make([]byte, n)); err == nil || sig != nil {
+			t.Errorf("Sign of %d bytes = %d bytes, %v; want an error", n, len(sig), err)
+		}
 	}
-	signs(t, sg, v.Public, nil)
-	if sig, err := sg.Sign(t.Context(), make([]byte, keys.MaxMessage+1)); err == nil || sig != nil {
-		t.Errorf("Sign of %d bytes = %d bytes, %v; want an error", keys.MaxMessage+1, len(sig), err)
+	if shortest == 0 {
+		signs(t, sg, v.Public, nil)
 	}
 	// A signature is bound to its message and to its key.
 	sig, err := sg.Sign(t.Context(), []byte("one"))
@@ -204,10 +236,10 @@ func (s suite) disable(t *testing.T, alg keys.Algorithm) {
 	if _, err := st.Signer(t.Context(), l, v.ID); !errors.Is(err, keys.ErrDisabled) {
 		t.Errorf("Signer of a disabled version: %v, want %v", err, keys.ErrDisabled)
 	}
-	if !samePublic(before.Public(), v.Public) {
+	if !keys.SamePublic(before.Public(), v.Public) {
 		t.Error("the public key of an open Signer changed")
 	}
-	if got, ok := find(t, st, v); !ok || got.State != keys.Disabled || !samePublic(got.Public, v.Public) {
+	if got, ok := find(t, st, v); !ok || got.State != keys.Disabled || !keys.SamePublic(got.Public, v.Public) {
 		t.Errorf("a disabled version is listed as %+v (%v), want disabled with its public key", got, ok)
 	}
 	signs(t, stays, other.Public, []byte("the other version is untouched"))
@@ -224,25 +256,19 @@ func (s suite) destroy(t *testing.T, alg keys.Algorithm) {
 		if err := st.Destroy(t.Context(), l, v.ID); err != nil {
 			t.Fatalf("Destroy: %v", err)
 		}
-		got, listed := find(t, st, v)
-		if listed && (got.State != keys.Destroyed || !samePublic(got.Public, v.Public)) {
-			t.Errorf("a destroyed version is listed as %+v, want destroyed with its public key", got)
+		if _, err := st.Signer(t.Context(), l, v.ID); !errors.Is(err, keys.ErrDisabled) {
+			t.Errorf("Signer of a destroyed version: %v, want %v", err, keys.ErrDisabled)
 		}
-		// A store that archives public keys knows the version still; one that does not has forgotten it.
-		want := keys.ErrNotFound
-		if listed {
-			want = keys.ErrDisabled
+		for what, again := range map[string]func(context.Context, string, string) error{"Destroy": st.Destroy, "Disable": st.Disable} {
+			if err := again(t.Context(), l, v.ID); err != nil {
+				t.Errorf("%s of a destroyed version: %v", what, err)
+			}
 		}
-		if _, err := st.Signer(t.Context(), l, v.ID); !errors.Is(err, want) {
-			t.Errorf("Signer of a destroyed version: %v, want %v", err, want)
-		}
-		if err := st.Destroy(t.Context(), l, v.ID); err != nil && (listed || !errors.Is(err, keys.ErrNotFound)) {
-			t.Errorf("second Destroy: %v", err)
+		if got, listed := find(t, st, v); !listed || got.State != s.gone {
+			t.Errorf("a destroyed version is listed as %+v (%v), want %s", got, listed, s.gone)
 		}
 	}
-	if _, err := before.Sign(t.Context(), []byte("x")); !errors.Is(err, keys.ErrDisabled) && !errors.Is(err, keys.ErrNotFound) {
-		t.Errorf("Sign by a Signer opened before Destroy: %v, want %v or %v", err, keys.ErrDisabled, keys.ErrNotFound)
-	}
+	refused(t, before, keys.ErrDisabled)
 	signs(t, signer(t, st, other), other.Public, []byte("the other version is untouched"))
 	// The id of a destroyed version does not come back.
 	if v := create(t, st, l, alg); v.ID == enabled.ID || v.ID == disabled.ID {
@@ -275,7 +301,7 @@ func (s suite) restart(t *testing.T, alg keys.Algorithm) {
 	states := []keys.State{keys.Enabled, keys.Disabled, keys.Enabled}
 	for i, v := range vs {
 		m := made[i]
-		if v.ID != m.ID || v.State != states[i] || v.Algorithm != alg || !samePublic(v.Public, m.Public) || !v.Created.Equal(m.Created) {
+		if v.ID != m.ID || v.State != states[i] || v.Algorithm != alg || !keys.SamePublic(v.Public, m.Public) || !v.Created.Equal(m.Created) {
 			t.Errorf("version %d after reopening: %+v, want %+v in state %s", i, v, m, states[i])
 		}
 	}
@@ -334,16 +360,123 @@ func (s suite) twoHandles(t *testing.T, alg keys.Algorithm) {
 	}
 }
 
+// archived: what a version signed is verified for ever, so its public key outlives the private one, for every handle and over
+// a restart. It is destroyed by a handle that did not make it, under a Signer of the one that did.
+func (s suite) archived(t *testing.T, alg keys.Algorithm) {
+	l := label(t)
+	a, b := s.store(t), s.open(t)
+	v, stays := create(t, a, l, alg), create(t, b, l, alg)
+	sg := signer(t, a, v)
+	sig, err := sg.Sign(t.Context(), []byte("signed by a version that is gone"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Destroy(t.Context(), l, v.ID); err != nil {
+		t.Fatalf("Destroy through another handle: %v", err)
+	}
+	refused(t, sg, keys.ErrDisabled)
+	listed := func(st keys.Store, where string) {
+		t.Helper()
+		got, ok := find(t, st, v)
+		if !ok || got.State != s.gone || got.Algorithm != alg || !keys.SamePublic(got.Public, v.Public) {
+			t.Fatalf("%s: a destroyed version is listed as %+v (%v), want %s with its public key", where, got, ok, s.gone)
+		}
+		if err := keys.Verify(got.Algorithm, got.Public, []byte("signed by a version that is gone"), sig); err != nil {
+			t.Errorf("%s: %v", where, err)
+		}
+		if got, ok := find(t, st, stays); !ok || got.State != keys.Enabled {
+			t.Errorf("%s: the other version is listed as %+v (%v)", where, got, ok)
+		}
+	}
+	listed(a, "the handle that made it")
+	listed(b, "the handle that destroyed it")
+	if err := b.Close(); err != nil {
+		t.Fatalf("Close: %v", err)
+	}
+	listed(s.store(t), "a handle opened later")
+	signs(t, signer(t, a, stays), stays.Public, []byte("untouched"))
+}
+
+// cancelQueued asks for far more signatures than a store makes at a time and gives up every other one. Who gave up gets the
+// context's error or a signature that was ready, in time; nobody else notices.
+func (s suite) cancelQueued(t *testing.T) {
+	st := s.store(t)
+	v := create(t, st, label(t), s.algorithms[0])
+	sg := signer(t, st, v)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var wg sync.WaitGroup
+	var started sync.WaitGroup
+	for g := range 64 {
+		started.Add(1)
+		wg.Go(func() {
+			own := t.Context()
+			if g%2 == 0 {
+				own = ctx
+			}
+			msg := fmt.Appendf(nil, "goroutine %d", g)
+			started.Done()
+			sig, err := sg.Sign(own, msg)
+			switch {
+			case err == nil:
+				if err := keys.Verify(v.Algorithm, v.Public, msg, sig); err != nil {
+					t.Errorf("goroutine %d: %v", g, err)
+				}
+			case g%2 != 0 || !errors.Is(err, context.Canceled) || sig != nil:
+				t.Errorf("goroutine %d: Sign = %d bytes, %v", g, len(sig), err)
+			}
+		})
+	}
+	started.Wait()
+	cancel()
+	wg.Wait()
+	signs(t, sg, v.Public, []byte("after the cancelled ones"))
+}
+
+// inspect is for stores that can tell how they keep keys.
+func (s suite) inspect(t *testing.T) {
+	st, l := s.store(t), label(t)
+	v := create(t, st, l, s.algorithms[0])
+	got, err := keys.Inspect(t.Context(), st, l, v.ID)
+	if errors.Is(err, errors.ErrUnsupported) {
+		t.Skip("the store cannot tell")
+	}
+	if err != nil || !got.CanSign || got.Exportable != (got.Why != "") || strings.Contains(got.Why, "\n") {
+		t.Errorf("Inspect of an enabled version: %+v, %v", got, err)
+	}
+	if _, err := keys.Inspect(t.Context(), st, l, "none"); !errors.Is(err, keys.ErrNotFound) {
+		t.Errorf("Inspect of no version: %v, want %v", err, keys.ErrNotFound)
+	}
+	for _, end := range []func(context.Context, string, string) error{st.Disable, st.Destroy} {
+		if err := end(t.Context(), l, v.ID); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := keys.Inspect(t.Context(), st, l, v.ID); err != nil || got.CanSign || got.Why == "" || strings.Contains(got.Why, "\n") {
+			t.Errorf("Inspect of a version that does not sign: %+v, %v; want why", got, err)
+		}
+	}
+}
+
+func (s suite) noEd25519(t *testing.T) {
+	st, l := s.store(t), label(t)
+	if _, err := st.Create(t.Context(), l, keys.Ed25519); !errors.Is(err, errors.ErrUnsupported) {
+		t.Errorf("Create of an Ed25519 version: %v, want %v", err, errors.ErrUnsupported)
+	}
+	if vs := versions(t, st, l); len(vs) != 0 {
+		t.Errorf("the refused call left versions: %+v", vs)
+	}
+}
+
 // order makes versions of both algorithms under one label; the list is in the order of creation.
 func (s suite) order(t *testing.T) {
 	st, l := s.store(t), label(t)
 	var want []string
 	for i := range 8 {
-		want = append(want, create(t, st, l, algorithms[i%len(algorithms)]).ID)
+		want = append(want, create(t, st, l, s.algorithms[i%len(s.algorithms)]).ID)
 	}
 	seen := make(map[string]bool)
 	for i, v := range versions(t, st, l) {
-		if i >= len(want) || v.ID != want[i] || v.Algorithm != algorithms[i%len(algorithms)] || v.Label != l {
+		if i >= len(want) || v.ID != want[i] || v.Algorithm != s.algorithms[i%len(s.algorithms)] || v.Label != l {
 			t.Errorf("version %d is %+v, want ids %v", i, v, want)
 		}
 		if seen[v.ID] {
@@ -358,7 +491,7 @@ func (s suite) order(t *testing.T) {
 
 func (s suite) notFound(t *testing.T) {
 	st, l := s.store(t), label(t)
-	v := create(t, st, l, keys.Ed25519)
+	v := create(t, st, l, s.algorithms[0])
 	for _, c := range []struct{ why, label, id string }{
 		{"label never used", l + ".none", v.ID},
 		{"id of another form", l, "none"},
@@ -425,13 +558,13 @@ func (s suite) badArguments(t *testing.T) {
 	}
 }
 
-// concurrent signs from 16 goroutines with two versions of each algorithm while another goroutine lists and creates.
+// concurrent signs from 16 goroutines with two versions of each algorithm while others create, sign and list.
 func (s suite) concurrent(t *testing.T) {
 	st, l := s.store(t), label(t)
 	var vs []keys.Version
 	var signers []keys.Signer
 	for i := range 4 {
-		v := create(t, st, l, algorithms[i%len(algorithms)])
+		v := create(t, st, l, s.algorithms[i%len(s.algorithms)])
 		vs, signers = append(vs, v), append(signers, signer(t, st, v))
 	}
 	var wg sync.WaitGroup
@@ -452,25 +585,47 @@ func (s suite) concurrent(t *testing.T) {
 			}
 		})
 	}
-	wg.Go(func() {
-		for range 3 {
-			if _, err := st.Create(t.Context(), l, keys.P256); err != nil {
-				t.Errorf("Create: %v", err)
+	const creators = 3
+	for c := range creators { // each signs with what it has just made, while the others make theirs
+		wg.Go(func() {
+			for i := range 2 {
+				alg := s.algorithms[(c+i)%len(s.algorithms)]
+				v, err := st.Create(t.Context(), l, alg)
+				if err != nil {
+					t.Errorf("Create: %v", err)
+					return
+				}
+				sg, err := st.Signer(t.Context(), l, v.ID)
+				if err != nil {
+					t.Errorf("Signer of a version just made: %v", err)
+					return
+				}
+				sig, err := sg.Sign(t.Context(), []byte(v.ID))
+				if err == nil {
+					err = keys.Verify(alg, v.Public, []byte(v.ID), sig)
+				}
+				if err != nil {
+					t.Errorf("Sign with a version just made: %v", err)
+				}
+				if _, err := st.Versions(t.Context(), l); err != nil {
+					t.Errorf("Versions: %v", err)
+				}
 			}
-			if _, err := st.Versions(t.Context(), l); err != nil {
-				t.Errorf("Versions: %v", err)
-			}
-		}
-	})
+		})
+	}
 	wg.Wait()
-	if got := len(versions(t, st, l)); got != len(vs)+3 {
-		t.Errorf("%d versions, want %d", got, len(vs)+3)
+	ids := make(map[string]bool)
+	for _, v := range versions(t, st, l) {
+		ids[v.ID] = true
+	}
+	if want := len(vs) + 2*creators; len(ids) != want {
+		t.Errorf("%d versions of different ids, want %d", len(ids), want)
 	}
 }
 
 func (s suite) closed(t *testing.T) {
 	st, l := s.open(t), label(t)
-	v := create(t, st, l, keys.Ed25519)
+	v := create(t, st, l, s.algorithms[0])
 	sg := signer(t, st, v)
 	for range 2 { // idempotent
 		if err := st.Close(); err != nil {
@@ -486,7 +641,7 @@ func (s suite) closed(t *testing.T) {
 	if _, err := st.Create(t.Context(), l, keys.Ed25519); err == nil {
 		t.Error("Create after Close: no error")
 	}
-	if !samePublic(sg.Public(), v.Public) {
+	if !keys.SamePublic(sg.Public(), v.Public) {
 		t.Error("the public key is gone after Close")
 	}
 }
