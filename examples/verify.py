@@ -4,8 +4,9 @@
 It shares no code with knhk. It prints one line for each bundle and exits with 0 when all verify, 1 when one does not, 2 for wrong usage
 or a policy it cannot read. The formats are C2SP signed-note, tlog-checkpoint and tlog-proof, and those of the Go package crypto/receipt.
 It leaves to "knhk verify", and so may accept what that refuses: other spellings of a value, values that no recorder writes, parts that
-are too many or of no use, the order of times, what a key statement says of its predecessor and of the log before it, which outcomes may
-follow one another, and whether headers agree on recorder, sequence and ordinals; it reads no policy with witnesses or P-256 keys."""
+are too many or of no use, the order of times, what a key statement says of its predecessor, which outcomes may follow one another, and
+whether headers agree on recorder, sequence and ordinals; it knows nothing of revocations, and so looks at no proof of consistency with
+one; it reads no policy with witnesses or P-256 keys."""
 import base64, hashlib, json, pathlib, sys
 
 def need(ok, why):
@@ -63,6 +64,14 @@ def root_above(leaf, index, size, path):  # the tree's root, as RFC 6962 section
         return hashlib.sha256(b"\1" + root_above(leaf, index, half, path[:-1]) + sibling).digest()
     return hashlib.sha256(b"\1" + sibling + root_above(leaf, index - half, size - half, path[:-1])).digest()
 
+def root_before(index, size, path):  # of the leaves before one: the hashes of its path that stand to the left cover them
+    if not path or index == 0:
+        return hashlib.sha256().digest()
+    half, sibling = 1 << ((size - 1).bit_length() - 1), unbase64(path[-1])
+    if index <= half:
+        return sibling if index == half else root_before(index, half, path[:-1])
+    return hashlib.sha256(b"\1" + sibling + root_before(index - half, size - half, path[:-1])).digest()
+
 def parse(leaf, kind):
     need(leaf.startswith("knhk/%s/v1\n" % kind), "a leaf that is no " + kind)
     return json.loads(leaf.partition("\n")[2])
@@ -81,15 +90,26 @@ def verify(logs, bundle):
     origin = checkpoint.partition("\n")[0]
     need(bundle["bundle"] == "knhk/bundle/v1" and origin in logs, "no bundle of a log in the policy")
     size, root = signed(checkpoint, logs[origin]).split("\n")[1:3]
-    for proof in bundle["headers"] + bundle["keys"]:
+    places = []  # of each leaf: its index, and the root of the leaves before it
+    for proof in bundle["headers"] + bundle["keys"] + [bundle["tail"]]:
         lines, _, below = proof["proof"].partition("\n\n")
         title, index, *path = lines.split("\n")
         need((title, index[:6], below) == ("c2sp.org/tlog-proof@v1", "index ", checkpoint), "no tlog-proof for the one checkpoint")
         need(root_above(proof["leaf"], int(index[6:]), int(size), path) == unbase64(root), "a leaf that is not in the log")
+        places.append((int(index[6:]), root_before(int(index[6:]), int(size), path)))
     key = parse(signed(bundle["keys"][0]["leaf"], logs[origin]), "key")
     need(key["origin"] == read_key(key["key"])[0] == origin and read_key(key["key"]) != read_key(logs[origin]), "no daily key of this log")
     need(0 < int(key["not_after"]) - int(key["not_before"]) <= 24 * 3600 * 10**9, "a daily key for more than 24 hours")
+    in_force = int(key["first_size"])
+    need((in_force, unbase64(key["first_root"])) == places[len(bundle["headers"])], "a key statement that stands elsewhere than it says")
     signed(checkpoint, key["key"])
+    tail = bundle["tail"]["leaf"]  # the last leaf names the key statement in force, or is it
+    if tail != bundle["keys"][0]["leaf"]:
+        tail = parse(signed(tail, logs[origin]), "seal") if tail.startswith("knhk/seal/") else parse(tail, "header")
+        need(int(tail["key"]) == in_force and tail["origin"] == origin, "not signed by the daily key that is in force")
+    need(places[-1][0] == int(size) - 1, "a tail that is not the last leaf")
+    for (index, _), header in zip(places, bundle["headers"]):
+        need(index < in_force or int(parse(header["leaf"], "header")["key"]) == in_force, "a header under another key statement")
     records = []
     for record in bundle["records"]:
         entry = parse(record["leaf"], "outcome" if records else "decision")

@@ -89,6 +89,7 @@ const (
 	ReasonLogFull        Reason = "log_full"           // 503: no room reserved for this decision and its outcome
 	ReasonTooLarge       Reason = "request_too_large"  // 431: more than 96 KiB of method, host, path, request id
 	ReasonUnsigned       Reason = "unsigned_too_long"  // 503: checkpoints have gone unsigned for more than max_unsigned
+	ReasonSealed         Reason = "log_sealed"         // 503: the receipt log has ended, its identity key was compromised
 	ReasonStopping       Reason = "stopping"           // 503: the service is draining
 	ReasonInternal       Reason = "internal"           // 503: a fault of ours, a recovered panic included
 )

@@ -2,7 +2,7 @@
 //
 // Start, each step needing the one before it:
 //
-//	configuration -> keys -> receipt log (recovers what a crash left) -> admission -> listeners -> SERVING
+//	configuration -> keys (none for a sealed log) -> receipt log (recovers what a crash left) -> admission -> listeners -> SERVING
 //
 // Stop, on the end of Run's context (SIGTERM):
 //
@@ -17,11 +17,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"sync/atomic"
 	"time"
@@ -38,6 +36,7 @@ import (
 	"github.com/knhk/sidecar/server/admin"
 	"github.com/knhk/sidecar/server/admit"
 	"github.com/knhk/sidecar/server/config"
+	"github.com/knhk/sidecar/server/control"
 	"github.com/knhk/sidecar/server/envoywire"
 	"github.com/knhk/sidecar/server/extproc"
 	"github.com/knhk/sidecar/server/telemetry"
@@ -84,9 +83,22 @@ type Server struct {
 	listeners []net.Listener
 }
 
+// Option changes how New opens what is there.
+type Option func(*options)
+
+type options struct{ replaceDailyKey bool }
+
+// ReplaceDailyKey goes on with a state directory whose key store has gone past it, a restored copy: the daily key is replaced
+// before anything is signed. Where the log has gone on elsewhere since, this signs a second history.
+func ReplaceDailyKey() Option { return func(o *options) { o.replaceDailyKey = true } }
+
 // New loads the configuration at path, opens keys and log, and binds the listeners; it serves nothing. If it fails, what it had
-// opened is closed again.
-func New(ctx context.Context, path string, log *slog.Logger) (_ *Server, err error) {
+// opened is closed again. A log that is sealed needs no keys: its receipts are read, and nothing else.
+func New(ctx context.Context, path string, log *slog.Logger, opts ...Option) (_ *Server, err error) {
+	var o options
+	for _, f := range opts {
+		f(&o)
+	}
 	cfg, err := config.Load(path)
 	if err != nil {
 		return nil, err
@@ -101,15 +113,15 @@ func New(ctx context.Context, path string, log *slog.Logger) (_ *Server, err err
 	if s.metrics, err = telemetry.New(); err != nil {
 		return nil, err
 	}
-	_, statErr := os.Stat(filepath.Join(cfg.StateDir, "log.json"))
-	if s.keys, err = openKeys(ctx, &cfg.Keys, errors.Is(statErr, fs.ErrNotExist)); err != nil {
+	if s.keys, err = openKeys(ctx, cfg, keyOptions{make: true, log: log, observe: s.metrics.KeyStore}); err != nil {
 		return nil, err
 	}
 	if s.receipts, err = receiptlog.Open(ctx, receiptlog.Config{
 		Dir: cfg.StateDir, Origin: cfg.Origin, Instance: cfg.Instance,
 		Identity: s.keys.identity, Daily: s.keys.daily, DailyLabel: s.keys.dailyLabel, DailyAlgorithm: cfg.Keys.Daily.Algorithm,
-		DailyMaxAge: cfg.Keys.DailyMaxAge, SealEvery: cfg.Log.SealEvery, Heartbeat: cfg.Log.Heartbeat, MaxUnsigned: cfg.Log.MaxUnsigned,
+		DailyMaxAge: cfg.Keys.RotationInterval, SealEvery: cfg.Log.SealEvery, Heartbeat: cfg.Log.Heartbeat, MaxUnsigned: cfg.Log.MaxUnsigned,
 		OutcomeTimeout: cfg.Log.OutcomeTimeout, SegmentBytes: cfg.Log.SegmentBytes, MaxBytes: cfg.Log.MaxBytes, Log: log,
+		Succeeds: s.keys.succeeds, ReplaceDailyKey: o.replaceDailyKey,
 	}); err != nil {
 		return nil, err
 	}
@@ -201,9 +213,17 @@ func (s *Server) listen(ctx context.Context, cfg *config.Config) error {
 		}
 		s.listeners = append(s.listeners, ln)
 	}
+	// Last, and only now that the log's lock is ours: see control.Listen.
+	ln, err := control.Listen(ctx, cfg.StateDir, s.log)
+	if err != nil {
+		return err
+	}
+	s.listeners = append(s.listeners, ln)
+	identity, daily := s.keys.custody(roleIdentity), s.keys.custody(roleDaily)
 	handlers := []http.Handler{
-		admin.New(admin.Config{Log: s.receipts, Metrics: s.metrics.Handler(), Ready: s.Ready}),
+		admin.New(admin.Config{Log: s.receipts, Metrics: s.metrics.Handler(), Ready: s.Ready, IdentityCustody: identity, DailyCustody: daily}),
 		tiles(filepath.Join(cfg.StateDir, "log")),
+		(&keyService{keys: s.receipts, log: s.log, identityCustody: identity, dailyCustody: daily}).handler(),
 	}
 	var plain http.Protocols
 	plain.SetHTTP1(true)
@@ -271,7 +291,11 @@ func (s *Server) Run(ctx context.Context) error {
 		return nil
 	})
 	s.log.Info("knhk is serving", "envoy", cfg.Listeners.Envoy.String(), "admin", cfg.Listeners.Admin.String(),
-		"tiles", cfg.Listeners.Tiles.String(), "origin", s.receipts.Origin(), "identity", s.receipts.IdentityVKey(), "keys", s.receipts.Custody())
+		"tiles", cfg.Listeners.Tiles.String(), "origin", s.receipts.Origin(), "identity", s.receipts.IdentityVKey(),
+		"identity_key_in", s.keys.custody(roleIdentity), "daily_keys_in", s.keys.custody(roleDaily))
+	if s.keys.sealed {
+		s.log.Warn("the log is sealed: its receipts are served, every request is refused", "origin", s.receipts.Origin())
+	}
 	err := g.Wait()
 	s.receipts.Stop()
 	// First the pipeline, which ends by reporting the outcomes that it holds for the access log, then what takes them.

@@ -1,8 +1,6 @@
 package server
 
 import (
-	"context"
-	"crypto"
 	"io"
 	"net"
 	"net/http"
@@ -12,8 +10,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/knhk/sidecar/crypto/keys"
-	"github.com/knhk/sidecar/crypto/soft"
 	"github.com/knhk/sidecar/server/config"
 )
 
@@ -93,50 +89,5 @@ func TestListen(t *testing.T) {
 	}
 	if _, err := listen(t.Context(), addr); err == nil || !strings.Contains(err.Error(), "not a socket") {
 		t.Errorf("a file: %v", err)
-	}
-}
-
-// TestOpenKeys opens and makes keys as the configuration says, and says in one line what is wrong with them.
-func TestOpenKeys(t *testing.T) {
-	dir := t.TempDir()
-	uri := "soft:" + dir + "/keys"
-	cfg := config.Keys{Identity: config.Key{URI: uri, Algorithm: keys.Ed25519}, Daily: config.Key{URI: uri, Algorithm: keys.Ed25519}}
-	ctx := context.Background()
-	if _, err := openKeys(ctx, &cfg, false); err == nil || !strings.Contains(err.Error(), "restore it") {
-		t.Errorf("an existing log without its key: %v", err)
-	}
-	k, err := openKeys(ctx, &cfg, true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pub := k.identity.Public()
-	k.close()
-	if k, err = openKeys(ctx, &cfg, false); err != nil {
-		t.Fatal(err)
-	}
-	if !pub.(interface{ Equal(crypto.PublicKey) bool }).Equal(k.identity.Public()) {
-		t.Error("another identity key after a restart")
-	}
-	k.close()
-	p256 := cfg
-	p256.Identity.Algorithm = keys.P256
-	if _, err := openKeys(ctx, &p256, false); err == nil || !strings.Contains(err.Error(), "the configuration says ecdsa-p256") {
-		t.Errorf("another algorithm: %v", err)
-	}
-	same := cfg
-	same.Daily.URI = uri + "?label=identity"
-	if _, err := openKeys(ctx, &same, false); err == nil || !strings.Contains(err.Error(), "a label of its own") {
-		t.Errorf("one key for both: %v", err)
-	}
-	s, err := soft.Open(dir + "/keys")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	if _, err := s.Create(ctx, "identity", keys.Ed25519); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := openKeys(ctx, &cfg, false); err == nil || !strings.Contains(err.Error(), "2 enabled versions") {
-		t.Errorf("two identity keys: %v", err)
 	}
 }

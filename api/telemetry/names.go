@@ -28,6 +28,10 @@ const (
 	WALBytes         = "knhk.wal.size"          // By: bytes of write-ahead log in use
 	WALSyncs         = "knhk.wal.syncs"         // {sync}: syncs of the write-ahead log
 	DailyKeyLeft     = "knhk.key.daily.left"    // s: until the daily key refuses to sign
+	DailyKeyAge      = "knhk.key.daily.age"     // s: since the daily key in force came in
+	KeyChanges       = "knhk.key.changes"       // {change}: daily keys that came in, by why the one before ended
+	KeyFailures      = "knhk.key.failures"      // {failure}: calls of the key stores that failed, by role, operation and kind
+	SignDuration     = "knhk.key.sign.duration" // s: signatures, waiting for the key store included, by role
 	Reloads          = "knhk.config.reloads"    // {reload}: configuration reloads, by result
 )
 
@@ -40,4 +44,6 @@ const (
 	AttrSource  = "knhk.source"
 	AttrKind    = "knhk.kind"
 	AttrEvent   = "knhk.event"
+	AttrRole    = "knhk.role"
+	AttrOp      = "knhk.operation"
 )

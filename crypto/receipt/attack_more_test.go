@@ -24,14 +24,20 @@ func init() {
 var timeAttacks = []attack{
 	{"a decision after its block", "record 0: recorded", false, staged(func(s *scene) *bundle { return s.decisionLate(receipt.MaxSkew + 1) })},
 	{"an outcome after its block", "record 1: recorded", false, staged(func(s *scene) *bundle { return s.outcomeLate(receipt.MaxSkew + 1) })},
-	{"a block after the daily key's end", "after the daily key's end", false, staged(func(s *scene) *bundle {
-		return s.blockAfterKey(receipt.MaxSkew + 1)
+	{"a block after the daily key's end", "after the daily key's end", false, staged(func(s *scene) *bundle { return s.blockAfterKey(1) })},
+	{"a block before the daily key's begin", "before the daily key's begin", false, staged(func(s *scene) *bundle {
+		return s.both(func(h *receipt.Header) { h.Time = beginning })
 	})},
+	{"a block after the last leaf", "after the last leaf", false, staged(func(s *scene) *bundle { return s.tailBefore(1) })},
+	{"blocks whose times go back", "time goes back", false, staged(func(s *scene) *bundle { return s.blocksBack(1) })},
 	{"a block after a witness saw it", "cosigned it", true, staged(func(s *scene) *bundle {
 		return s.witnessed(-receipt.MaxSkew - time.Second)
 	})},
-	{"a daily key that begins after a witness saw its checkpoint", "cosigned the checkpoint", true, staged(func(s *scene) *bundle {
+	{"a daily key that begins after a witness saw its checkpoint", "after \"w.example\" cosigned", true, staged(func(s *scene) *bundle {
 		return s.keyAfterWitness(receipt.MaxSkew + time.Second)
+	})},
+	{"a daily key that ended before a witness saw its checkpoint", "before \"w.example\" cosigned", true, staged(func(s *scene) *bundle {
+		return s.witnessed(receipt.MaxKeyAge + receipt.MaxSkew)
 	})},
 	{"a witness that did not sign", "checkpoint", true, staged(func(s *scene) *bundle {
 		b := s.both(unchanged)
@@ -61,8 +67,27 @@ func (s *scene) outcomeLate(by time.Duration) *bundle {
 
 func (s *scene) blockAfterKey(by time.Duration) *bundle {
 	return s.both(func(h *receipt.Header) {
-		h.Time = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC).Add(receipt.MaxKeyAge + by)
+		h.Time = beginning.Add(time.Millisecond + receipt.MaxKeyAge + by) // the first key begins a millisecond after the log
 	})
+}
+
+// beginning is when a log of receipttest begins, before its first key does.
+var beginning = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+
+// tailBefore has a last leaf that is so much older than the records' block.
+func (s *scene) tailBefore(by time.Duration) *bundle {
+	s.both(unchanged)
+	h := s.NextHeader(receipt.HeaderHeartbeat)
+	h.Time = s.Blocks[1].Header.Time.Add(-by)
+	s.SealHeader(s.tb, h)
+	return s.Bundle(s.tb, nil, 1, place{Block: s.Blocks[1]}, place{Block: s.Blocks[1], Index: 1})
+}
+
+// blocksBack has an outcome in a block that is so much older than the decision's.
+func (s *scene) blocksBack(by time.Duration) *bundle {
+	s.apart(func(h *receipt.Header) { h.Time = s.Blocks[1].Header.Time.Add(-by) })
+	s.SealHeader(s.tb, s.NextHeader(receipt.HeaderHeartbeat))
+	return s.Bundle(s.tb, nil, 1, place{Block: s.Blocks[1]}, place{Block: s.Blocks[2]})
 }
 
 // witnessed is cosigned that much after its header, whose time is on the second, as cosignatures are.
@@ -79,7 +104,7 @@ func (s *scene) keyAfterWitness(by time.Duration) *bundle {
 		Origin: testOrigin, NotBefore: at.Add(by), NotAfter: at.Add(by + 1), FirstSize: 2, FirstRoot: s.Root(s.tb, 2),
 	})
 	s.Witnesses = []receipttest.Key{receipttest.Witness(s.tb, "w.example", "w", at)}
-	return s.both(unchanged)
+	return s.both(func(h *receipt.Header) { h.Time = at.Add(by) })
 }
 
 var evidenceAttacks = []attack{
@@ -115,8 +140,9 @@ var narrowAttacks = []attack{
 		b := s.both(unchanged)
 		leaf := bytes.Replace(b.Headers[0].Leaf, []byte(receipt.HeaderPrefix), []byte(receipt.DecisionPrefix), 1)
 		index := s.Append(s.tb, leaf)
+		s.SealHeader(s.tb, s.NextHeader(receipt.HeaderHeartbeat))
 		checkpoint := s.Checkpoint(s.tb)
-		b.Headers[0], b.Keys[0] = s.Proof(s.tb, index, checkpoint), s.Proof(s.tb, 0, checkpoint)
+		b.Headers[0], b.Keys[0], b.Tail = s.Proof(s.tb, index, checkpoint), s.Proof(s.tb, 0, checkpoint), s.Proof(s.tb, len(s.Leaves)-1, checkpoint)
 		return b
 	})},
 	{"a key statement marked as a header", "key statement 0", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {

@@ -69,6 +69,13 @@ func (s *scene) both(change func(h *receipt.Header)) *bundle {
 	return s.Bundle(s.tb, nil, 1, place{Block: block, Index: 0}, place{Block: block, Index: 1})
 }
 
+// bothThen is both with a heartbeat after it, so that the header is not the tail.
+func (s *scene) bothThen(change func(h *receipt.Header)) *bundle {
+	s.both(change)
+	s.SealHeader(s.tb, s.NextHeader(receipt.HeaderHeartbeat))
+	return s.Bundle(s.tb, nil, 1, place{Block: s.Blocks[1], Index: 0}, place{Block: s.Blocks[1], Index: 1})
+}
+
 // apart seals decision and outcome into two blocks, the second under a changed header, and bundles them.
 func (s *scene) apart(change func(h *receipt.Header)) *bundle {
 	h := s.NextHeader(receipt.HeaderBlock)
@@ -87,7 +94,7 @@ func stated(change func(s *scene, ks *statement) (text string, signers []note.Si
 	return staged(func(s *scene) *bundle {
 		s.tb.Helper()
 		ks := &statement{
-			Origin: testOrigin, Key: testKeys.daily.VKey, Predecessor: s.Daily[0].VKey, NotBefore: s.Now,
+			Origin: testOrigin, Key: testKeys.daily.VKey, Predecessor: s.Daily[0].VKey, Ended: receipt.EndedRotated, NotBefore: s.Now,
 			NotAfter: s.Now.Add(receipt.MaxKeyAge), FirstSize: uint64(len(s.Leaves)), FirstRoot: s.Root(s.tb, len(s.Leaves)),
 		}
 		text, signers := change(s, ks)
@@ -186,10 +193,11 @@ var attacks = []attack{
 	{"a record as a header of the log", "header 0: parse header", false, staged(func(s *scene) *bundle {
 		b := s.both(unchanged)
 		index := s.Append(s.tb, s.decision())
+		s.SealHeader(s.tb, s.NextHeader(receipt.HeaderHeartbeat))
 		checkpoint := s.Checkpoint(s.tb)
 		return &bundle{
 			Records: []receipt.Record{{Leaf: b.Records[0].Leaf, Size: 1}}, Headers: []receipt.Proof{s.Proof(s.tb, index, checkpoint)},
-			Keys: []receipt.Proof{s.Proof(s.tb, 0, checkpoint)},
+			Keys: []receipt.Proof{s.Proof(s.tb, 0, checkpoint)}, Tail: s.Proof(s.tb, len(s.Leaves)-1, checkpoint),
 		}
 	})},
 	{"a key statement as a header", "header 0: parse header", false, sampled(func(_ testing.TB, _ *log, b *bundle) {
@@ -289,10 +297,10 @@ var attacks = []attack{
 	})},
 	// Headers.
 	{"the header of another log", "header 0: it is for origin", false, staged(func(s *scene) *bundle {
-		return s.both(func(h *receipt.Header) { h.Origin = "example.org/knhk/2" })
+		return s.bothThen(func(h *receipt.Header) { h.Origin = "example.org/knhk/2" })
 	})},
 	{"a heartbeat with records", "header 0: parse header", false, staged(func(s *scene) *bundle {
-		return s.both(func(h *receipt.Header) { h.Kind = receipt.HeaderHeartbeat })
+		return s.bothThen(func(h *receipt.Header) { h.Kind = receipt.HeaderHeartbeat })
 	})},
 	{"a heartbeat as header", "it has no records", false, sampled(func(tb testing.TB, l *log, b *bundle) {
 		b.Headers[0] = l.Proof(tb, l.Blocks[2].Index, l.Checkpoint(tb))
@@ -322,17 +330,18 @@ var attacks = []attack{
 	{"a key statement without its predecessor", "1 signatures, want 2", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
 		return receipt.KeyText(ks), []note.Signer{s.Identity}
 	})},
-	{"a key statement signed by another predecessor", "not signed by the identity key and the predecessor", false,
+	{"a key statement signed by another predecessor", "not signed by the identity key and, where it rotates, the predecessor", false,
 		stated(func(s *scene, ks *statement) (string, []note.Signer) {
 			return receipt.KeyText(ks), []note.Signer{s.Identity, testKeys.other}
 		})},
 	{"a predecessor that is not named", "2 signatures, want 1", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
-		ks.Predecessor = ""
+		first(ks)
 		return receipt.KeyText(ks), []note.Signer{s.Identity, s.Daily[0]}
 	})},
 	{"a key for another log", "it is for origin", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
 		name := "example.org/knhk/2"
-		ks.Origin, ks.Key, ks.Predecessor = name, receipttest.NewKey(s.tb, name, "daily").VKey, ""
+		first(ks)
+		ks.Origin, ks.Key = name, receipttest.NewKey(s.tb, name, "daily").VKey
 		return receipt.KeyText(ks), []note.Signer{s.Identity}
 	})},
 	{"a key named after another log", "not after the origin", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
@@ -347,13 +356,30 @@ var attacks = []attack{
 		ks.NotAfter = ks.NotBefore
 		return receipt.KeyText(ks), []note.Signer{s.Identity, s.Daily[0]}
 	})},
-	{"a key stated before its first size", "before its first size", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
+	{"a key stated before its first size", "names size 3, but stands at index 2", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
 		ks.FirstSize++
 		return receipt.KeyText(ks), []note.Signer{s.Identity, s.Daily[0]}
 	})},
-	{"a first root of nothing that is not", "first_root", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
-		ks.FirstSize = 0
+	{"a key stated after its first size", "names size 1, but stands at index 2", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
+		ks.FirstSize, ks.FirstRoot = 1, s.Root(s.tb, 1)
 		return receipt.KeyText(ks), []note.Signer{s.Identity, s.Daily[0]}
+	})},
+	{"a key stated over another root", "names another root", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
+		ks.FirstRoot[0]++
+		return receipt.KeyText(ks), []note.Signer{s.Identity, s.Daily[0]}
+	})},
+	{"a rotated key that did not sign, and does not say so", "1 signatures, want 2", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
+		return receipt.KeyText(ks), []note.Signer{s.Identity}
+	})},
+	{"a lost key that signed all the same", "2 signatures, want 1", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
+		ks.Ended = receipt.EndedLost
+		return receipt.KeyText(ks), []note.Signer{s.Identity, s.Daily[0]}
+	})},
+	{"a first root of nothing that is not", "first_root", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
+		root := ks.FirstRoot
+		first(ks)
+		ks.FirstRoot = root
+		return receipt.KeyText(ks), []note.Signer{s.Identity}
 	})},
 	{"a key statement in another spelling", "canonical", false, stated(func(s *scene, ks *statement) (string, []note.Signer) {
 		return strings.Replace(receipt.KeyText(ks), `,"key"`, `, "key"`, 1), []note.Signer{s.Identity, s.Daily[0]}
@@ -389,27 +415,25 @@ var attacks = []attack{
 		b.Keys[1] = b.Keys[0]
 	})},
 	{"a key stated before its predecessor", "it precedes its predecessor", false, staged(func(s *scene) *bundle {
-		s.Daily = append(s.Daily, testKeys.other)
-		ks := &statement{Origin: testOrigin, NotBefore: s.Now, NotAfter: s.Now.Add(1), FirstSize: 1, FirstRoot: s.Root(s.tb, 1)}
-		before := *ks
+		ks := s.NextStatement(s.tb)
+		before := s.Daily[0]
+		s.Daily[0] = testKeys.other // its statement comes later
 		s.RotateTo(s.tb, testKeys.daily, ks)
-		before.Key, before.Predecessor = testKeys.other.VKey, s.Daily[0].VKey
-		leaf, err := receipt.SignKeyStatement(&before, s.Identity, s.Daily[0])
-		if err != nil {
-			s.tb.Fatal(err)
-		}
-		s.Statements = []int{s.Append(s.tb, leaf), s.Statements[1]}
-		s.both(unchanged)
-		return s.Bundle(s.tb, nil, 2, place{Block: s.Blocks[1]})
+		s.Daily[1] = before
+		s.RotateTo(s.tb, testKeys.other, s.NextStatement(s.tb))
+		h := s.NextHeader(receipt.HeaderBlock)
+		h.First, h.Last = 0, 1
+		block := s.SealHeader(s.tb, h, s.decision(), s.outcome())
+		checkpoint := s.SignCheckpoint(s.tb, s.Identity, testKeys.daily)
+		b := s.Bundle(s.tb, checkpoint, 1, place{Block: block})
+		b.Keys = []receipt.Proof{s.Proof(s.tb, 2, checkpoint), s.Proof(s.tb, 3, checkpoint)}
+		return b
 	})},
-	{"a chain with two roots for a size", "another root for size", false, staged(func(s *scene) *bundle {
-		ks := &statement{Origin: testOrigin, NotBefore: s.Now, NotAfter: s.Now.Add(1), FirstSize: 1, FirstRoot: receipt.Hash{1}}
-		s.RotateTo(s.tb, testKeys.daily, ks)
-		ks = &statement{Origin: testOrigin, NotBefore: s.Now, NotAfter: s.Now.Add(1), FirstSize: 1, FirstRoot: receipt.Hash{2}}
-		s.RotateTo(s.tb, testKeys.other, ks)
-		s.both(unchanged)
-		return s.Bundle(s.tb, nil, 2, place{Block: s.Blocks[1]})
-	})},
+}
+
+// first makes ks the first statement of a log, wherever it stands.
+func first(ks *statement) {
+	ks.Predecessor, ks.Ended, ks.FirstSize, ks.FirstRoot = "", "", 0, receipt.EmptyRoot
 }
 
 // second is a bundle with two outcomes.
@@ -426,4 +450,5 @@ func eachProof(b *bundle, fn func(*receipt.Proof)) {
 			fn(&proofs[i])
 		}
 	}
+	fn(&b.Tail)
 }

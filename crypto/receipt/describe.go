@@ -44,10 +44,23 @@ func Describe(v *Verified) []string {
 	follows := "it states no predecessor"
 	if k.Predecessor != "" {
 		follows = "it follows " + shortKey(k.Predecessor)
+		if words, ok := ends[k.Ended]; ok {
+			follows += ", " + words
+		}
 	}
 	lines = append(lines,
 		fmt.Sprintf("The checkpoint is signed by the log's identity key %s and by the daily key %s, in force from %s to %s; %s (entry %d).",
 			shortKey(v.Identity), shortKey(k.Key), stamp(k.NotBefore), stamp(k.NotAfter), follows, k.Index))
+	if s := v.Seal; s != nil {
+		line := fmt.Sprintf("The log was sealed at %s, as its last entry says", stamp(s.Time))
+		if s.Reason != "" {
+			line += ": " + shown(s.Reason)
+		}
+		lines = append(lines, line+".")
+	}
+	for _, pin := range v.Pins {
+		lines = append(lines, fmt.Sprintf("It is consistent with the log of %d entries that a revocation pins.", pin.Size))
+	}
 	for _, c := range v.Cosignatures {
 		lines = append(lines, fmt.Sprintf("Witness %s cosigned it at %s.", shown(c.Name), stamp(c.Time)))
 	}
@@ -160,6 +173,15 @@ func describeOutcome(o *Outcome) string {
 	return b.String() + "."
 }
 
+// ends says of a key why it ended.
+var ends = map[string]string{
+	EndedRotated:   "which signed its statement",
+	EndedExpired:   "which was past its age",
+	EndedUntrusted: "which was given up as its time could not be trusted",
+	EndedLost:      "which was lost",
+	EndedRevoked:   "which was revoked",
+}
+
 // reasons, results and sources put the words of package policy into sentences. A word that is not here is shown as it is.
 var (
 	reasons = map[string]string{
@@ -173,6 +195,7 @@ var (
 		"log_unavailable":    "the receipt log could not take the decision",
 		"log_full":           "the receipt log had no room for the decision and its outcome",
 		"unsigned_too_long":  "the log had gone without a signature for too long",
+		"log_sealed":         "the receipt log had ended",
 		"stopping":           "the service was stopping",
 		"internal":           "the service had a fault of its own",
 	}

@@ -33,8 +33,8 @@ func fuzzLeaf(f *testing.F, name string) {
 				}
 				return
 			}
-			if name == "key" {
-				if !bytes.HasPrefix(leaf, []byte(receipt.KeyText(x.(*receipt.KeyStatement))+"\n— ")) {
+			if text := noteText(x); text != "" {
+				if !bytes.HasPrefix(leaf, []byte(text+"\n— ")) {
 					t.Fatalf("two spellings of %s", leaf)
 				}
 				return
@@ -50,6 +50,8 @@ func FuzzParseDecision(f *testing.F)     { fuzzLeaf(f, "decision") }
 func FuzzParseOutcome(f *testing.F)      { fuzzLeaf(f, "outcome") }
 func FuzzParseHeader(f *testing.F)       { fuzzLeaf(f, "header") }
 func FuzzParseKeyStatement(f *testing.F) { fuzzLeaf(f, "key") }
+func FuzzParseSeal(f *testing.F)         { fuzzLeaf(f, "seal") }
+func FuzzParseRevocation(f *testing.F)   { fuzzLeaf(f, "revocation") }
 func FuzzParseEvidence(f *testing.F)     { fuzzLeaf(f, "evidence") }
 
 func FuzzParseID(f *testing.F) {

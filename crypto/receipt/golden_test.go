@@ -73,7 +73,7 @@ func goldenLeaves(t *testing.T) (vectors []vector, values map[string]any) {
 	}
 	header := &receipt.Header{
 		Origin: testOrigin, Instance: "a", Seq: 9, Kind: receipt.HeaderFinal, Prev: receipt.EmptyRoot, Time: at, Count: 2, First: 7, Last: 8,
-		Recovered: true, LostFrom: 9, LostTo: 265,
+		Recovered: true, LostFrom: 9, LostTo: 265, Key: 1 << 40,
 	}
 	for _, b := range [][]byte{header.LogID[:], header.Incarnation[:], header.Root[:]} {
 		sequence(b)
@@ -84,7 +84,25 @@ func goldenLeaves(t *testing.T) (vectors []vector, values map[string]any) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	succeeds := testStatement()
+	first(succeeds)
+	succeeds.Succeeds = &receipt.Quote{Origin: oldLog, Identity: oldIdentity, Size: 1 << 40, Root: header.Root}
+	succeedsLeaf, err := receipt.SignKeyStatement(succeeds, testKeys.identity, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	seal := &receipt.Seal{Origin: testOrigin, Key: 7, Size: 1 << 40, Root: header.Root, Time: at, Reason: `the "HSM" is gone`}
+	sealLeaf, err := receipt.SignSeal(seal, testKeys.identity, testKeys.daily)
+	if err != nil {
+		t.Fatal(err)
+	}
+	revocation := &receipt.Revocation{Origin: testOrigin, Key: testKeys.daily.VKey, Size: 1 << 40, Root: header.Root, Time: at, Reason: "stolen"}
+	revocationNote, err := receipt.SignRevocation(revocation, testKeys.identity)
+	if err != nil {
+		t.Fatal(err)
+	}
 	values = map[string]any{
+		"key, of a successor": succeeds, "seal": seal, "revocation": revocation,
 		"decision, full": full, "decision, least": least, "outcome": outcome, "header": header, "key": ks, "evidence": evidence,
 	}
 	add := func(name string, leaf []byte) {
@@ -95,6 +113,9 @@ func goldenLeaves(t *testing.T) (vectors []vector, values map[string]any) {
 	add("outcome", receipt.AppendOutcome(nil, outcome))
 	add("header", receipt.AppendHeader(nil, header))
 	add("key", leaf)
+	add("key, of a successor", succeedsLeaf)
+	add("seal", sealLeaf)
+	add("revocation", revocationNote)
 	add("evidence", receipt.AppendEvidence(nil, evidence))
 	commitment := receipt.Commit(&evidence.Salt, evidence.Fields)
 	vectors = append(vectors, vector{"commitment of the evidence", "", commitment.String()})

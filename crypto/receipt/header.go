@@ -20,6 +20,8 @@ func AppendHeader(dst []byte, h *Header) []byte {
 	dst = appendUint(dst, h.Seq)
 	dst = append(dst, `,"kind":`...)
 	dst = appendText(dst, h.Kind)
+	dst = append(dst, `,"key":`...)
+	dst = appendUint(dst, h.Key)
 	dst = append(dst, `,"prev":`...)
 	dst = appendBytes(dst, h.Prev[:])
 	dst = append(dst, `,"time":`...)
@@ -49,6 +51,7 @@ var headerMembers = []member[Header]{
 	{"incarnation", false, func(h *Header, r reader) error { return r.fixed(h.Incarnation[:]) }},
 	{"seq", false, func(h *Header, r reader) error { return r.uint64(&h.Seq) }},
 	{"kind", false, func(h *Header, r reader) error { return r.text(&h.Kind) }},
+	{"key", false, func(h *Header, r reader) error { return r.uint64(&h.Key) }},
 	{"prev", false, func(h *Header, r reader) error { return r.fixed(h.Prev[:]) }},
 	{"time", false, func(h *Header, r reader) error { return r.time(&h.Time) }},
 	{"count", false, func(h *Header, r reader) error { return r.uint64(&h.Count) }},

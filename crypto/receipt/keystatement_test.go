@@ -28,21 +28,28 @@ func verifierOf(t *testing.T, k receipttest.Key) note.Verifier {
 
 func testStatement() *receipt.KeyStatement {
 	return &receipt.KeyStatement{
-		Origin: testOrigin, Key: testKeys.daily.VKey, Predecessor: testKeys.other.VKey, NotBefore: time.Unix(100, 1).UTC(),
-		NotAfter: time.Unix(100, 1).UTC().Add(receipt.MaxKeyAge), FirstSize: 7, FirstRoot: receipt.Hash{7},
+		Origin: testOrigin, Key: testKeys.daily.VKey, Predecessor: testKeys.other.VKey, Ended: receipt.EndedRotated,
+		NotBefore: time.Unix(100, 1).UTC(), NotAfter: time.Unix(100, 1).UTC().Add(receipt.MaxKeyAge), FirstSize: 7, FirstRoot: receipt.Hash{7},
 	}
 }
 
 func TestKeyStatement(t *testing.T) {
 	identity, other := verifierOf(t, testKeys.identity), verifierOf(t, testKeys.other)
 	first := testStatement()
-	first.Predecessor, first.FirstSize, first.FirstRoot = "", 0, receipt.EmptyRoot
+	first.Predecessor, first.Ended, first.FirstSize, first.FirstRoot = "", "", 0, receipt.EmptyRoot
+	first.Succeeds = &receipt.Quote{Origin: oldLog, Identity: receipttest.NewKey(t, oldLog, "old").VKey, Size: 9, Root: receipt.Hash{9}}
 	next := testStatement()
 	firstLeaf, err := receipt.SignKeyStatement(first, testKeys.identity, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	nextLeaf, err := receipt.SignKeyStatement(next, testKeys.identity, testKeys.other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lost := testStatement()
+	lost.Ended = receipt.EndedLost
+	lostLeaf, err := receipt.SignKeyStatement(lost, testKeys.identity, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,6 +66,10 @@ func TestKeyStatement(t *testing.T) {
 		{"first", firstLeaf, identity, nil, first},
 		{"next, predecessor from the statement", nextLeaf, identity, nil, next},
 		{"next, predecessor known", nextLeaf, identity, other, next},
+		{"its predecessor is lost", lostLeaf, identity, nil, lost},
+		{"its predecessor is lost, and known", lostLeaf, identity, other, lost},
+		{"its predecessor is lost, and another", lostLeaf, identity, verifierOf(t, testKeys.daily), nil},
+		{"lost, but two lines", append(bytes.Clone(lostLeaf), nextLeaf[bytes.LastIndex(nextLeaf, []byte("— ")):]...), identity, nil, nil},
 		{"first, asked for a predecessor", firstLeaf, identity, other, nil},
 		{"next, another predecessor", nextLeaf, identity, verifierOf(t, testKeys.daily), nil},
 		{"next, the identity key as predecessor", nextLeaf, identity, identity, nil},
@@ -76,6 +87,17 @@ func TestKeyStatement(t *testing.T) {
 		if err != nil && strings.Contains(err.Error(), "\n") {
 			t.Errorf("%s: an error of several lines: %q", c.name, err)
 		}
+	}
+}
+
+// oldLog is a log that is sealed.
+const oldLog = "example.org/knhk/0"
+
+// succeeds makes a statement the first one of a successor.
+func succeeds(origin, identity string, size uint64) func(ks *receipt.KeyStatement) {
+	return func(ks *receipt.KeyStatement) {
+		ks.FirstSize, ks.FirstRoot, ks.Predecessor, ks.Ended = 0, receipt.EmptyRoot, "", ""
+		ks.Succeeds = &receipt.Quote{Origin: origin, Identity: identity, Size: size, Root: receipt.Hash{9}}
 	}
 }
 
@@ -99,7 +121,29 @@ func TestSignKeyStatementRefuses(t *testing.T) {
 		{"backwards", func(ks *receipt.KeyStatement) { ks.NotAfter = ks.NotBefore.Add(-1) }, testKeys.identity, testKeys.other},
 		{"zero times", func(ks *receipt.KeyStatement) { ks.NotBefore, ks.NotAfter = time.Time{}, time.Time{}.Add(1) }, testKeys.identity,
 			testKeys.other},
-		{"a first root that is not of nothing", func(ks *receipt.KeyStatement) { ks.FirstSize = 0 }, testKeys.identity, testKeys.other},
+		{"a first root that is not of nothing", func(ks *receipt.KeyStatement) {
+			ks.FirstSize, ks.Predecessor, ks.Ended = 0, "", ""
+		}, testKeys.identity, nil},
+		{"a first one with a predecessor", func(ks *receipt.KeyStatement) { ks.FirstSize, ks.FirstRoot = 0, receipt.EmptyRoot },
+			testKeys.identity, testKeys.other},
+		{"a first one with an end", func(ks *receipt.KeyStatement) {
+			ks.FirstSize, ks.FirstRoot, ks.Predecessor, ks.Ended = 0, receipt.EmptyRoot, "", receipt.EndedLost
+		}, testKeys.identity, nil},
+		{"a later one without an end", func(ks *receipt.KeyStatement) { ks.Ended = "" }, testKeys.identity, nil},
+		{"an unknown end", func(ks *receipt.KeyStatement) { ks.Ended = "tired" }, testKeys.identity, nil},
+		{"rotated without the predecessor's signer", func(*receipt.KeyStatement) {}, testKeys.identity, nil},
+		{"revoked with the predecessor's signer", func(ks *receipt.KeyStatement) { ks.Ended = receipt.EndedRevoked }, testKeys.identity,
+			testKeys.other},
+		{"a later one that succeeds a log", func(ks *receipt.KeyStatement) {
+			ks.Succeeds = &receipt.Quote{Origin: oldLog, Identity: receipttest.NewKey(t, oldLog, "old").VKey, Size: 9}
+		}, testKeys.identity, testKeys.other},
+		{"it succeeds itself", succeeds(testOrigin, testKeys.other.VKey, 9), testKeys.identity, nil},
+		{"it succeeds an empty log", succeeds(oldLog, receipttest.NewKey(t, oldLog, "old").VKey, 0), testKeys.identity, nil},
+		{"it succeeds a log by a key of another name", succeeds(oldLog, testKeys.other.VKey, 9), testKeys.identity, nil},
+		{"it succeeds a log whose identity key is the daily key", succeeds(oldLog, receipttest.NewKey(t, oldLog, "daily").VKey, 9),
+			testKeys.identity, nil},
+		{"it succeeds a log with the same identity key", succeeds(oldLog, receipttest.NewKey(t, oldLog, "identity").VKey, 9),
+			testKeys.identity, nil},
 		{"a key in upper case", func(ks *receipt.KeyStatement) { ks.Key = strings.ToUpper(ks.Key) }, testKeys.identity, testKeys.other},
 		{"no key", func(ks *receipt.KeyStatement) { ks.Key = "" }, testKeys.identity, testKeys.other},
 		{"a bad origin", func(ks *receipt.KeyStatement) { ks.Origin = "a b" }, testKeys.identity, testKeys.other},

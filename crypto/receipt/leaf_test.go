@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/knhk/sidecar/crypto/receipt"
+	"github.com/knhk/sidecar/crypto/receipt/receipttest"
 )
 
 const (
@@ -107,12 +108,39 @@ func anyHeader(r *rand.Rand) *receipt.Header {
 
 func anyKeyStatement(r *rand.Rand) *receipt.KeyStatement {
 	ks := &receipt.KeyStatement{
-		Origin: testOrigin, Key: testKeys.daily.VKey, Predecessor: pick(r, "", testKeys.other.VKey),
+		Origin: testOrigin, Key: testKeys.daily.VKey, Predecessor: testKeys.other.VKey,
+		Ended:     pick(r, receipt.EndedRotated, receipt.EndedExpired, receipt.EndedUntrusted, receipt.EndedLost, receipt.EndedRevoked),
 		NotBefore: time.Unix(0, r.Int64N(1<<60)).UTC(), FirstSize: 1 + anyUint(r)/2,
 	}
 	ks.NotAfter = ks.NotBefore.Add(1 + time.Duration(r.Int64N(int64(receipt.MaxKeyAge))))
 	fill(r, ks.FirstRoot[:])
+	if r.IntN(3) == 0 {
+		first(ks)
+		if r.IntN(2) == 0 {
+			ks.Succeeds = &receipt.Quote{Origin: oldLog, Identity: oldIdentity, Size: 1 + anyUint(r)/2}
+			fill(r, ks.Succeeds.Root[:])
+		}
+	}
 	return ks
+}
+
+// oldIdentity is the identity key of oldLog.
+var oldIdentity = receipttest.NewKey(new(testing.T), oldLog, "old").VKey
+
+func anySeal(r *rand.Rand) *receipt.Seal {
+	s := &receipt.Seal{Origin: testOrigin, Key: r.Uint64N(1 << 40), Size: 1<<40 + anyUint(r)/2, Time: anyTime(r), Reason: anyReason(r)}
+	fill(r, s.Root[:])
+	return s
+}
+
+func anyRevocation(r *rand.Rand) *receipt.Revocation {
+	x := &receipt.Revocation{Origin: testOrigin, Key: testKeys.daily.VKey, Size: 1 + anyUint(r)/2, Time: anyTime(r), Reason: anyReason(r)}
+	fill(r, x.Root[:])
+	return x
+}
+
+func anyReason(r *rand.Rand) string {
+	return pick(r, "", "stolen", `"key\" <lost> 世界`+"\n", strings.Repeat("x", receipt.MaxReason))
 }
 
 // kind is one of the leaf types, for tests that hold for all of them.
@@ -138,6 +166,14 @@ var kinds = []kind{
 			return append([]byte(receipt.KeyText(x.(*receipt.KeyStatement))), keyLines(x.(*receipt.KeyStatement))...)
 		},
 		func(b []byte) (any, error) { return receipt.ParseKeyStatement(b) }},
+	{"seal", func(r *rand.Rand) any { return anySeal(r) },
+		func(x any) []byte { return append([]byte(receipt.SealText(x.(*receipt.Seal))), noteLines(1)...) },
+		func(b []byte) (any, error) { return receipt.ParseSeal(b) }},
+	{"revocation", func(r *rand.Rand) any { return anyRevocation(r) },
+		func(x any) []byte {
+			return append([]byte(receipt.RevocationText(x.(*receipt.Revocation))), noteLines(1)...)
+		},
+		func(b []byte) (any, error) { return receipt.ParseRevocation(b) }},
 	{"evidence", func(r *rand.Rand) any {
 		e := &receipt.Evidence{ID: testID, Fields: []receipt.Field{{Name: anyText(r), Value: anyText(r)}, {Name: "a\x00", Value: anyText(r)}}}
 		fill(r, e.Salt[:])
@@ -147,13 +183,30 @@ var kinds = []kind{
 		func(b []byte) (any, error) { return receipt.ParseEvidence(b) }},
 }
 
-// keyLines are signature lines that parse; what they sign is not looked at here.
+// keyLines are as many signature lines as ks wants.
 func keyLines(ks *receipt.KeyStatement) string {
-	lines := "\n— " + testOrigin + " AAAAAQA=\n"
-	if ks.Predecessor != "" {
-		lines += "— " + testOrigin + " AAAAAgA=\n"
+	if ks.Ended == receipt.EndedRotated {
+		return noteLines(2)
 	}
-	return lines
+	return noteLines(1)
+}
+
+// noteLines are signature lines that parse; what they sign is not looked at here.
+func noteLines(n int) string {
+	return "\n" + strings.Join([]string{"— " + testOrigin + " AAAAAQA=\n", "— " + testOrigin + " AAAAAgA=\n"}[:n], "")
+}
+
+// noteText is the text of what a kind that is a signed note parses, empty for a kind that is not.
+func noteText(x any) string {
+	switch x := x.(type) {
+	case *receipt.KeyStatement:
+		return receipt.KeyText(x)
+	case *receipt.Seal:
+		return receipt.SealText(x)
+	case *receipt.Revocation:
+		return receipt.RevocationText(x)
+	}
+	return ""
 }
 
 func TestRoundTrip(t *testing.T) {
@@ -194,9 +247,8 @@ func TestMutatedLeaf(t *testing.T) {
 					continue
 				}
 				parsed++
-				if k.name == "key" { // the signature lines are not part of what is parsed
-					leaf = leaf[:bytes.LastIndex(leaf, []byte("\n\n"))+1]
-					if text := receipt.KeyText(x.(*receipt.KeyStatement)); text != string(leaf) {
+				if text := noteText(x); text != "" { // the signature lines are not part of what is parsed
+					if leaf = leaf[:bytes.LastIndex(leaf, []byte("\n\n"))+1]; text != string(leaf) {
 						t.Fatalf("two spellings:\n%s\n%s", leaf, text)
 					}
 				} else if again := k.append(x); !bytes.Equal(again, leaf) {

@@ -35,6 +35,21 @@ var mutations = []struct {
 	{"header proof", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Headers[r.IntN(2)].Text; *x = mutate(r, *x) }},
 	{"key leaf", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Keys[r.IntN(2)].Leaf; *x = mutate(r, *x) }},
 	{"key proof", func(r *rand.Rand, b *receipt.Bundle) { x := &b.Keys[r.IntN(2)].Text; *x = mutate(r, *x) }},
+	{"tail leaf", func(r *rand.Rand, b *receipt.Bundle) { b.Tail.Leaf = mutate(r, b.Tail.Leaf) }},
+	{"tail proof", func(r *rand.Rand, b *receipt.Bundle) { b.Tail.Text = mutate(r, b.Tail.Text) }},
+	{"pin size", func(r *rand.Rand, b *receipt.Bundle) { b.Pins[0].Size = mutateNumber(b.Pins[0].Size, r) }},
+	{"pin root", func(r *rand.Rand, b *receipt.Bundle) { b.Pins[0].Root[r.IntN(32)] ^= byte(1 + r.IntN(255)) }},
+	{"pin proof", func(r *rand.Rand, b *receipt.Bundle) {
+		p := &b.Pins[0].Proof
+		switch at := r.IntN(len(*p)); r.IntN(3) {
+		case 0:
+			(*p)[at][r.IntN(32)] ^= byte(1 + r.IntN(255))
+		case 1:
+			*p = append((*p)[:at], (*p)[at+1:]...)
+		case 2:
+			*p = append(*p, (*p)[at])
+		}
+	}},
 	{"checkpoint, everywhere alike", func(r *rand.Rand, b *receipt.Bundle) {
 		split := bytes.Index(b.Headers[0].Text, []byte("\n\n")) + 2
 		changed := mutate(r, b.Headers[0].Text[split:])

@@ -24,6 +24,7 @@ type Policy struct {
 type logPolicy struct {
 	identity *key
 	check    torchwood.Policy // origin, identity key and quorum
+	revoked  revocations
 }
 
 // ParsePolicy reads a policy file: lines "log VKEY", at least one, and, in the form torchwood and Tessera read, "witness
@@ -80,7 +81,7 @@ func ParsePolicy(b []byte) (*Policy, error) {
 	}
 	p := &Policy{logs: make(map[string]*logPolicy, len(identities))}
 	for origin, k := range identities {
-		p.logs[origin] = &logPolicy{k, torchwood.ThresholdPolicy(3,
+		p.logs[origin] = &logPolicy{identity: k, check: torchwood.ThresholdPolicy(3,
 			torchwood.OriginPolicy(origin), torchwood.SingleVerifierPolicy(k.verifier), witnesses)}
 	}
 	return p, nil
@@ -137,6 +138,9 @@ func (p *Policy) openCheckpoint(signed []byte) (*checkpoint, error) {
 	c, n, err := torchwood.VerifyCheckpoint(signed, l.check)
 	if err != nil {
 		return nil, err
+	}
+	if c.N > maxTree {
+		return nil, fmt.Errorf("a log of %d leaves, at most %d are read", c.N, int64(maxTree))
 	}
 	out := &checkpoint{log: l, signed: signed, text: text, lines: lines, origin: c.Origin, size: uint64(c.N), root: Hash(c.Hash)}
 	for _, sig := range n.Sigs {

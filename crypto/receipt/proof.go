@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"math/bits"
 
 	"golang.org/x/mod/sumdb/tlog"
 )
@@ -63,6 +64,56 @@ func (p *logProof) check(c *checkpoint, leaf []byte) error {
 	}
 	if tlog.CheckRecord(p.path, int64(c.size), tlog.Hash(c.root), int64(p.index), tlog.RecordHash(leaf)) != nil {
 		return fmt.Errorf("not included at index %d of %d", p.index, c.size)
+	}
+	return nil
+}
+
+// maxConsistency is the length of the longest consistency proof: an audit path and one node more.
+const maxConsistency = maxPath + 1
+
+// before is the tree head over the leaves before a proven one: the hashes of its audit path that stand to the left cover them
+// exactly (RFC 6962 section 2.1.1 and 2.1). path must have been checked for index and size.
+func before(path tlog.RecordProof, index, size uint64) Hash {
+	var left []tlog.Hash // from the largest subtree to the smallest
+	for n := len(path) - 1; n >= 0; n-- {
+		half := uint64(1) << (bits.Len64(size-1) - 1)
+		if index < half {
+			size = half
+			continue
+		}
+		left = append(left, path[n])
+		index, size = index-half, size-half
+	}
+	if len(left) == 0 {
+		return EmptyRoot
+	}
+	h := left[len(left)-1]
+	for i := len(left) - 2; i >= 0; i-- {
+		h = tlog.NodeHash(left[i], h)
+	}
+	return Hash(h)
+}
+
+// check verifies that c is consistent with the pin.
+func (p *PinProof) check(c *checkpoint) error {
+	switch {
+	case p.Size == 0 || p.Size > maxTree:
+		return fmt.Errorf("a pin of size %d", p.Size)
+	case p.Size == c.size && len(p.Proof) == 0 && p.Root == c.root:
+		return nil
+	}
+	proof := make(tlog.TreeProof, len(p.Proof))
+	for i, h := range p.Proof {
+		proof[i] = tlog.Hash(h)
+	}
+	var err error
+	if p.Size <= c.size {
+		err = tlog.CheckTree(proof, int64(c.size), tlog.Hash(c.root), int64(p.Size), tlog.Hash(p.Root))
+	} else {
+		err = tlog.CheckTree(proof, int64(p.Size), tlog.Hash(p.Root), int64(c.size), tlog.Hash(c.root))
+	}
+	if err != nil {
+		return fmt.Errorf("the log of %d leaves is not consistent with the tree pinned at size %d", c.size, p.Size)
 	}
 	return nil
 }

@@ -5,7 +5,6 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"math"
 
 	"golang.org/x/mod/sumdb/tlog"
 )
@@ -85,12 +84,16 @@ func BlockRoot(leaves []Hash) Hash { return NewTree(leaves).Root() }
 // Path returns the audit path of leaf i over leaves; for more than one path of a block build a Tree.
 func Path(leaves []Hash, i int) []Hash { return NewTree(leaves).Path(i) }
 
-// maxPath is the length of the longest audit path: trees have fewer than 2^63 leaves.
+// maxTree is the most leaves a tree may have here: beyond it the arithmetic of golang.org/x/mod/sumdb/tlog overflows, and its checks
+// do not end.
+const maxTree = 1 << 62
+
+// maxPath is the length of the longest audit path that is read; one more than a tree of maxTree leaves needs.
 const maxPath = 63
 
 // VerifyPath checks that leaf is leaf i of the n below root, with exactly the hashes the path must have.
 func VerifyPath(root Hash, n, i uint64, leaf Hash, path []Hash) error {
-	if n > math.MaxInt64 || i >= n {
+	if n > maxTree || i >= n {
 		return fmt.Errorf("verify path: index %d in a tree of %d", i, n)
 	}
 	if len(path) > maxPath {

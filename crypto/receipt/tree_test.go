@@ -137,13 +137,14 @@ func TestVerifyPathRefuses(t *testing.T) {
 				}
 			}
 			bad := map[string]bool{
-				"another leaf":   receipt.VerifyPath(root, uint64(n), uint64(i), all[40], path) == nil,
-				"another root":   receipt.VerifyPath(all[40], uint64(n), uint64(i), all[i], path) == nil,
-				"a hash more":    receipt.VerifyPath(root, uint64(n), uint64(i), all[i], append(slices.Clone(path), root)) == nil,
-				"no leaves":      receipt.VerifyPath(root, 0, uint64(i), all[i], path) == nil,
-				"size overflow":  receipt.VerifyPath(root, math.MaxUint64, uint64(i), all[i], path) == nil,
-				"index overflow": receipt.VerifyPath(root, uint64(n), math.MaxUint64, all[i], path) == nil,
-				"64 hashes":      receipt.VerifyPath(root, uint64(n), uint64(i), all[i], make([]receipt.Hash, 64)) == nil,
+				"another leaf":       receipt.VerifyPath(root, uint64(n), uint64(i), all[40], path) == nil,
+				"another root":       receipt.VerifyPath(all[40], uint64(n), uint64(i), all[i], path) == nil,
+				"a hash more":        receipt.VerifyPath(root, uint64(n), uint64(i), all[i], append(slices.Clone(path), root)) == nil,
+				"no leaves":          receipt.VerifyPath(root, 0, uint64(i), all[i], path) == nil,
+				"size overflow":      receipt.VerifyPath(root, math.MaxUint64, uint64(i), all[i], path) == nil,
+				"a size without end": receipt.VerifyPath(root, math.MaxInt64, uint64(i), all[i], path) == nil, // tlog's check would not return
+				"index overflow":     receipt.VerifyPath(root, uint64(n), math.MaxUint64, all[i], path) == nil,
+				"64 hashes":          receipt.VerifyPath(root, uint64(n), uint64(i), all[i], make([]receipt.Hash, 64)) == nil,
 			}
 			if len(path) > 0 {
 				bad["a hash less"] = receipt.VerifyPath(root, uint64(n), uint64(i), all[i], path[1:]) == nil

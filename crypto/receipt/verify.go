@@ -1,8 +1,11 @@
 package receipt
 
 import (
+	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -21,6 +24,10 @@ type Verified struct {
 	Root     Hash   // of the checkpoint
 	// Keys begins with the daily key that signed the checkpoint; each further one is the predecessor of the one before.
 	Keys []VerifiedKey
+	// Seal is the last leaf of the log if that is a seal; nil when the log goes on, as far as this bundle shows.
+	Seal *Seal
+	// Pins are those of the policy, by size: the checkpoint is consistent with each.
+	Pins []Pin
 	// Cosignatures are those of witnesses in the policy.
 	Cosignatures []Cosignature
 	Evidence     *Evidence // opens the decision's commitment; nil when not shown
@@ -51,10 +58,15 @@ func (v *Verified) Pending() bool { return len(v.Outcomes) == 0 }
 // believed. For many bundles a Verifier is faster. Verify demands that
 //
 //   - all proofs end in one checkpoint, which the policy accepts for its origin: identity key, and quorum if there is one;
-//   - the first key statement's daily key signed that checkpoint too; each statement stands in the log below it, at or after
-//     its FirstSize, is for that origin and is signed by the identity key and the predecessor it names; further statements
-//     are those predecessors, in the log before it; two roots for one size never appear;
-//   - each header stands in the log below the checkpoint, is for that origin, of one log id and instance, and in use; two
+//   - the first key statement's daily key signed that checkpoint too, and is the one in force for its size: the last leaf below
+//     the checkpoint is that statement, or a header or a seal that names it;
+//   - each statement stands in the log at the index it names, with the root of the tree before it, is for that origin and is
+//     signed by the identity key and, where it says so, the predecessor; further statements are those predecessors, in the log
+//     before it;
+//   - the checkpoint is consistent with what revocations and seals in the policy pin, by the bundle's own proofs, and not signed
+//     by a revoked key beyond its pin: see Policy.Revoke;
+//   - each header stands in the log below the checkpoint, is for that origin, of one log id and instance, and in use; it names
+//     the statement in force where it stands, as far as the bundle shows that, and was closed while that key was in force; two
 //     headers have different keys and disjoint ordinals;
 //   - the first record is the decision, the others are its outcomes in order, at most one, or one with result unknown and a
 //     late one; all have the same id, whose instance is the headers', and that origin; each has its own place, its path
@@ -86,6 +98,9 @@ func (v *Verifier) verify(b *Bundle) (*Verified, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := v.policy.sealedIdentity(c.log); err != nil {
+		return nil, err
+	}
 	out := &Verified{
 		Origin: c.origin, Identity: c.log.identity.vkey, Size: c.size, Root: c.root,
 		Keys:    make([]VerifiedKey, 0, len(b.Keys)),
@@ -96,7 +111,14 @@ func (v *Verifier) verify(b *Bundle) (*Verified, error) {
 	if err := v.keys(c, b, out); err != nil {
 		return nil, err
 	}
-	if err := v.headers(c, b, out); err != nil {
+	if err := checkPins(c, b, out); err != nil {
+		return nil, err
+	}
+	end, err := v.tail(c, b, out)
+	if err != nil {
+		return nil, err
+	}
+	if err := v.headers(c, b, out, end); err != nil {
 		return nil, err
 	}
 	if err := checkRecords(b, out); err != nil {
@@ -132,12 +154,8 @@ func (v *Verifier) keys(c *checkpoint, b *Bundle, out *Verified) error {
 			return errors.New("key statement 0: its daily key did not sign the checkpoint")
 		case i > 0 && (later.Predecessor == "" || later.Predecessor != s.Key):
 			return fmt.Errorf("key statement %d: not the predecessor of the one before", i)
-		case i > 0 && (s.Index >= later.Index || s.FirstSize > later.FirstSize || s.NotBefore.After(later.NotBefore)):
+		case i > 0 && (s.Index >= later.Index || s.NotBefore.After(later.NotBefore)):
 			return fmt.Errorf("key statement %d: it precedes its predecessor", i-1)
-		case s.FirstSize > s.Index:
-			return fmt.Errorf("key statement %d: stands at index %d, before its first size %d", i, s.Index, s.FirstSize)
-		case i > 0 && s.FirstSize == later.FirstSize && s.FirstRoot != later.FirstRoot:
-			return fmt.Errorf("key statement %d: another root for size %d", i, s.FirstSize)
 		}
 		out.Keys = append(out.Keys, s.VerifiedKey)
 		later = s
@@ -145,8 +163,125 @@ func (v *Verifier) keys(c *checkpoint, b *Bundle, out *Verified) error {
 	return nil
 }
 
+// checkPins checks the checkpoint against what the policy was told of revoked keys and seals. Proofs for other pins must be right
+// as well: nobody makes them for nothing.
+func checkPins(c *checkpoint, b *Bundle, out *Verified) error {
+	if len(b.Pins) > MaxPins {
+		return fmt.Errorf("%d pins, want at most %d", len(b.Pins), MaxPins)
+	}
+	r := &c.log.revoked
+	for i := range r.keys {
+		if k := &r.keys[i]; k.Key == out.Keys[0].Key && c.size > k.Size {
+			return fmt.Errorf("signed by the revoked daily key %s, whose last tree had %d leaves, for a tree of %d", shortKey(k.Key), k.Size, c.size)
+		}
+	}
+	for i := range b.Pins {
+		if i > 0 && b.Pins[i-1].Size >= b.Pins[i].Size {
+			return fmt.Errorf("pin %d: not in the order of sizes", i)
+		}
+		if err := b.Pins[i].check(c); err != nil {
+			return fmt.Errorf("pin %d: %w", i, err)
+		}
+	}
+	for _, pin := range r.pins {
+		at, found := slices.BinarySearchFunc(b.Pins, pin, func(a PinProof, b Pin) int { return cmp.Compare(a.Size, b.Size) })
+		switch {
+		case found && b.Pins[at].Root != pin.Root, !found && pin.Size == c.size && pin.Root != c.root:
+			return fmt.Errorf("not consistent with the revocation at size %d: it is of a fork of the log", pin.Size)
+		case !found && pin.Size != c.size:
+			return fmt.Errorf("no proof that the log of %d leaves is consistent with the revocation at size %d: "+
+				"the bundle may be older than that, fetch it anew from the log", c.size, pin.Size)
+		}
+		out.Pins = append(out.Pins, pin)
+	}
+	if s := r.seal; s != nil && (c.size > s.Size+1 || c.size == s.Size+1 && !bytes.Equal(b.Tail.Leaf, r.sealLeaf)) {
+		return fmt.Errorf("beyond the seal of the log at size %d", s.Size)
+	}
+	return nil
+}
+
+// sealedIdentity refuses a log whose identity key is one of a log that the policy knows to be sealed.
+func (p *Policy) sealedIdentity(l *logPolicy) error {
+	for origin, o := range p.logs {
+		if o != l && o.revoked.seal != nil && o.identity.public == l.identity.public {
+			return fmt.Errorf("the identity key is that of the sealed log %s: a successor needs a new one", origin)
+		}
+	}
+	return nil
+}
+
+// tail checks that the key in force for the checkpoint's size has signed it. It returns the time of the last leaf, zero for that of a
+// key statement.
+func (v *Verifier) tail(c *checkpoint, b *Bundle, out *Verified) (at time.Time, err error) {
+	k := &out.Keys[0]
+	var index, names uint64
+	switch leaf := b.Tail.Leaf; {
+	case bytes.HasPrefix(leaf, []byte(HeaderPrefix)):
+		h, err := v.header(c, b.Tail)
+		if err != nil {
+			return at, fmt.Errorf("tail: %w", err)
+		}
+		if h.Origin != c.origin {
+			return at, fmt.Errorf("tail: it is for origin %.64q", h.Origin)
+		}
+		index, names, at = h.Index, h.Key, h.Time
+	case bytes.HasPrefix(leaf, []byte(KeyPrefix)):
+		s, err := v.statement(c, b.Tail)
+		if err != nil {
+			return at, fmt.Errorf("tail: %w", err)
+		}
+		index, names = s.Index, s.Index
+	case bytes.HasPrefix(leaf, []byte(SealPrefix)):
+		s, err := v.seal(c, b.Tail)
+		if err != nil {
+			return at, fmt.Errorf("tail: %w", err)
+		}
+		index, names, at = s.index, s.Key, s.Time
+		seal := s.Seal
+		out.Seal = &seal
+		if s.daily != nil {
+			if daily, err := parseKey(k.Key); err != nil || !s.daily.signedBy(leaf, daily) {
+				return at, errors.New("tail: the seal is signed by another daily key than the one in force")
+			}
+		}
+	default:
+		return at, errors.New("tail: neither a header nor a key statement nor a seal")
+	}
+	switch {
+	case index != c.size-1:
+		return at, fmt.Errorf("tail: leaf %d is not the last of %d", index, c.size)
+	case names != k.Index:
+		return at, fmt.Errorf("tail: the key statement in force is at index %d, the checkpoint is signed by the daily key stated at %d", names, k.Index)
+	}
+	if !at.IsZero() && out.Seal == nil {
+		if err := withinKey(&Header{Time: at}, &k.KeyStatement); err != nil {
+			return at, fmt.Errorf("tail: %w", err)
+		}
+	}
+	return at, nil
+}
+
+// checkKey checks that h names the statement in force where it stands. Statements older than those shown can only be right or
+// wrong by their place.
+func checkKey(h *VerifiedHeader, keys []VerifiedKey) error {
+	for i := range keys {
+		k := &keys[i]
+		if h.Index < k.Index {
+			continue
+		}
+		if h.Key != k.Index {
+			return fmt.Errorf("it names the key statement at index %d, where the one at %d is in force", h.Key, k.Index)
+		}
+		return withinKey(&h.Header, &k.KeyStatement)
+	}
+	if h.Key >= h.Index {
+		return fmt.Errorf("it stands at index %d and names a key statement at %d", h.Index, h.Key)
+	}
+	return nil
+}
+
 // headers checks the headers by themselves and against each other.
-func (v *Verifier) headers(c *checkpoint, b *Bundle, out *Verified) error {
+func (v *Verifier) headers(c *checkpoint, b *Bundle, out *Verified, end time.Time) error {
 	for i, proof := range b.Headers {
 		h, err := v.header(c, proof)
 		if err != nil {
@@ -158,9 +293,19 @@ func (v *Verifier) headers(c *checkpoint, b *Bundle, out *Verified) error {
 		if h.Count == 0 {
 			return fmt.Errorf("header %d: it has no records", i)
 		}
+		if err := checkKey(h, out.Keys); err != nil {
+			return fmt.Errorf("header %d: %w", i, err)
+		}
+		if !end.IsZero() && h.Time.After(end) {
+			return fmt.Errorf("header %d: closed %v after the last leaf of the log", i, h.Time.Sub(end))
+		}
 		for k := range out.Headers {
 			o := &out.Headers[k]
 			switch {
+			case o.Index < h.Index && o.Time.After(h.Time), o.Index > h.Index && o.Time.Before(h.Time):
+				return fmt.Errorf("headers %d and %d: time goes back between them", k, i)
+			case o.Index < h.Index && o.Key != h.Key && o.Index >= h.Key, o.Index > h.Index && o.Key != h.Key && h.Index >= o.Key:
+				return fmt.Errorf("headers %d and %d name two key statements as in force between them", k, i)
 			case o.LogID != h.LogID || o.Instance != h.Instance:
 				return fmt.Errorf("headers %d and %d are of different recorders", k, i)
 			case o.Incarnation == h.Incarnation && o.Seq == h.Seq:
@@ -265,9 +410,6 @@ func checkTimes(out *Verified) error {
 	}
 	for i := range out.Headers {
 		t := out.Headers[i].Time
-		if t.After(out.Keys[0].NotAfter.Add(MaxSkew)) {
-			return fmt.Errorf("header %d: closed %v after the daily key's end", i, t.Sub(out.Keys[0].NotAfter))
-		}
 		for _, c := range out.Cosignatures {
 			if t.After(c.Time.Add(MaxSkew)) {
 				return fmt.Errorf("header %d: closed %v after %.64q cosigned it", i, t.Sub(c.Time), c.Name)
@@ -275,6 +417,9 @@ func checkTimes(out *Verified) error {
 		}
 	}
 	for _, c := range out.Cosignatures {
+		if c.Time.After(out.Keys[0].NotAfter.Add(MaxSkew)) {
+			return fmt.Errorf("key statement 0: ended %v before %.64q cosigned the checkpoint", c.Time.Sub(out.Keys[0].NotAfter), c.Name)
+		}
 		if out.Keys[0].NotBefore.After(c.Time.Add(MaxSkew)) {
 			return fmt.Errorf("key statement 0: begins %v after %.64q cosigned the checkpoint", out.Keys[0].NotBefore.Sub(c.Time), c.Name)
 		}

@@ -41,7 +41,7 @@ func TestForeignTools(t *testing.T) {
 	keysSeen := map[string]bool{}
 	for change := range 4 {
 		if change > 0 {
-			if err := l.RotateDaily(t.Context()); err != nil {
+			if _, err := l.RotateKey(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -212,7 +212,7 @@ func (w *witnessProcess) cosign(t *testing.T, l *Log, raw []byte) {
 	}
 	body.WriteByte('\n')
 	body.Write(raw)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, w.url, &body)
 	if err != nil {

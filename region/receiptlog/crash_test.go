@@ -65,6 +65,13 @@ func runRecorder(env string) error {
 		return err
 	}
 	go l.Run(context.Background())
+	go func() { // a kill may come at any step of a key change
+		for {
+			if _, err := l.RotateKey(context.Background()); err != nil {
+				fmt.Fprintln(os.Stderr, "rotate:", err)
+			}
+		}
+	}()
 	var out sync.Mutex
 	var wg sync.WaitGroup
 	for w := range 8 {
@@ -91,7 +98,7 @@ func runRecorder(env string) error {
 	return nil
 }
 
-// TestKill kills a recorder under load, again and again, and audits what is there: every id that was acknowledged, of either class
+// TestKill kills a recorder under load and amid changes of its daily key, again and again, and audits what is there: every id that was acknowledged, of either class
 // (the machine lives, so R1 survives too), stands in a block exactly once and verifies, its outcome told or unknown.
 func TestKill(t *testing.T) {
 	rounds := 4
@@ -131,7 +138,7 @@ func TestKill(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Each crash left decisions without outcome: wait until they are recorded as unknown, sealed and signed.
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for f.log.Stats().Pending > 0 || f.log.UnsignedAge() > 0 {
 		if time.Now().After(deadline) {
 			t.Fatalf("still pending: %+v", f.log.Stats())

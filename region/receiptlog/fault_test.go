@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
-	"golang.org/x/mod/sumdb/note"
 
 	"github.com/knhk/sidecar/crypto/keys"
 	"github.com/knhk/sidecar/crypto/receipt"
@@ -26,7 +25,7 @@ import (
 // eventually waits for what the log's own goroutines do.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("not in time: %s", what)
 		}
@@ -77,7 +76,11 @@ func TestOpenRefuses(t *testing.T) {
 		}},
 		{"a newer layout", "this program reads", func(c *Config) {
 			c.Dir = t.TempDir()
-			os.WriteFile(filepath.Join(c.Dir, "VERSION"), []byte("knhk-state 2\n"), 0o600)
+			os.WriteFile(filepath.Join(c.Dir, "VERSION"), []byte("knhk-state 3\n"), 0o600)
+		}},
+		{"a layout that was never released", "made by an older knhk", func(c *Config) {
+			c.Dir = t.TempDir()
+			os.WriteFile(filepath.Join(c.Dir, "VERSION"), []byte("knhk-state 1\n"), 0o600)
 		}},
 		{"a daily key for two days", "at most 24h", func(c *Config) { c.DailyMaxAge = 48 * time.Hour }},
 	} {
@@ -445,8 +448,8 @@ func TestRotationFails(t *testing.T) {
 	f.cfg.Identity = k
 	l := f.open()
 	k.away.Store(true)
-	for range 5 {
-		if err := l.RotateDaily(t.Context()); !errors.Is(err, keys.ErrUnavailable) {
+	for range 3 {
+		if _, err := l.RotateKey(t.Context()); !errors.Is(err, keys.ErrUnavailable) {
 			t.Errorf("rotate: %v", err)
 		}
 	}
@@ -454,10 +457,12 @@ func TestRotationFails(t *testing.T) {
 		t.Errorf("%d versions of the daily key, %v: want the one in force and one to be stated", len(vs), err)
 	}
 	k.away.Store(false)
-	if err := l.RotateDaily(t.Context()); err != nil {
+	if _, err := l.RotateKey(t.Context()); err != nil {
 		t.Error(err)
 	}
 	f.bundle(f.decide(wal.Durable, "r"), 1)
+	f.close()
+	f.fsckClean()
 }
 
 // TestWALReplaced deletes the WAL alone: its numbers would be given out twice.
@@ -514,82 +519,4 @@ func TestMachineCrash(t *testing.T) {
 	if !declared {
 		t.Error("no header declares ordinal 2 lost")
 	}
-}
-
-// TestDailyAge moves the clock: a daily key past its age never signs, whichever way the wall clock jumps, and a new one takes over.
-func TestDailyAge(t *testing.T) {
-	var offset atomic.Int64
-	f := newFixture(t)
-	f.cfg.Now = func() time.Time { return time.Now().Add(time.Duration(offset.Load())) }
-	l := f.open()
-	first, until := l.DailyKey()
-	msg := []byte("x\n")
-	if _, err := l.daily.Sign(msg); err != nil {
-		t.Fatal(err)
-	}
-	offset.Store(int64(25 * time.Hour))
-	if _, err := l.daily.Sign(msg); !errors.Is(err, ErrKeyExpired) && err != nil {
-		t.Errorf("sign after 25 h: %v", err)
-	}
-	eventually(t, "a new daily key", func() bool { k, _ := l.DailyKey(); return k != first })
-	// What was under no checkpoint when the clock jumped counts as unsigned for a day, until the new key has signed it.
-	eventually(t, "requests to be taken", func() bool { return l.UnsignedAge() < l.cfg.MaxUnsigned && l.Refusing() == nil })
-	f.bundle(f.decide(wal.Durable, "after"), 1)
-	// Set back by two days: time as the log knows it stands still rather than go back.
-	offset.Store(int64(-24 * time.Hour))
-	if now := l.clock.now(); now.Before(until) {
-		t.Errorf("the clock went back to %v, the first key ended %v", now, until)
-	}
-	f.close()
-	// And over a restart: the last header's time is the floor.
-	f.open()
-	if now := f.log.clock.now(); now.Before(until) {
-		t.Errorf("after a restart the clock went back to %v", now)
-	}
-}
-
-// TestDailySigner checks the signer alone: exactly at its end the key refuses, and a swap between KeyHash and Sign does not mix
-// two keys in one line.
-func TestDailySigner(t *testing.T) {
-	var now atomic.Pointer[time.Time]
-	start := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
-	now.Store(&start)
-	c := newClock(func() time.Time { return *now.Load() }, time.Time{})
-	a, b := noteKey(t), noteKey(t)
-	s := &dailySigner{origin: a.Name(), clock: c}
-	s.use(a, start.Add(24*time.Hour))
-	hash := s.KeyHash()
-	s.use(b, start.Add(48*time.Hour))
-	sig, err := s.Sign([]byte("m\n"))
-	if err != nil || hash != a.KeyHash() {
-		t.Fatalf("hash %x, %v", hash, err)
-	}
-	if want, _ := a.Sign([]byte("m\n")); !bytes.Equal(sig, want) {
-		t.Error("the line names one key and is signed by another")
-	}
-	s.use(a, start.Add(24*time.Hour))
-	for _, step := range []struct {
-		at time.Duration
-		ok bool
-	}{{23*time.Hour + 59*time.Minute, true}, {24 * time.Hour, false}, {10 * 365 * 24 * time.Hour, false}, {0, false}, {-time.Hour, false}} {
-		at := start.Add(step.at)
-		now.Store(&at)
-		s.KeyHash()
-		if _, err := s.Sign([]byte("m\n")); (err == nil) != step.ok {
-			t.Errorf("at %v: %v, want ok %v", step.at, err, step.ok)
-		}
-	}
-}
-
-func noteKey(t *testing.T) note.Signer {
-	t.Helper()
-	skey, _, err := note.GenerateKey(nil, "example.com/test")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := note.NewSigner(skey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
 }

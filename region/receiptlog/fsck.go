@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"path/filepath"
 
+	"github.com/transparency-dev/merkle/compact"
 	"github.com/transparency-dev/merkle/rfc6962"
 	"github.com/transparency-dev/tessera/api"
 	"github.com/transparency-dev/tessera/client"
@@ -38,11 +39,13 @@ type Report struct {
 	Unlogged       uint64    `json:"unlogged"` // committed blocks whose header no signed checkpoint covers yet
 	Unsealed       uint64    `json:"unsealed"` // records of the write-ahead log that are in no block yet
 	Incarnations   uint64    `json:"incarnations"`
+	Sealed         bool      `json:"sealed"`
 	Problems       []Problem `json:"problems"`
 }
 
 // Fsck audits a state directory that nobody serves from: the checkpoint's signatures, every tile and leaf of the log against
-// it, the chain of headers, every record of every block against its header, its evidence against its commitment, the indices by
+// it, the chain of key statements and that every header names the key in force and was made within its time (receipt.KeyAudit), the
+// chain of headers, every record of every block against its header, its evidence against its commitment, the indices by
 // which receipts are found, the records of the write-ahead log, and that every ordinal is a record or declared lost. It changes
 // nothing. progress is called with the leaves done and their number. An error means that the audit could not be done; what it
 // found wrong is in the report.
@@ -70,7 +73,8 @@ func fsckOn(ctx context.Context, dir string, walConfig wal.Config, log *slog.Log
 		return nil, fmt.Errorf("read log.json: identity key: %w", err)
 	}
 	a := &audit{store: st, wal: walConfig, id: id, verifier: verifier, report: &Report{Origin: id.Origin}, tree: client.FileFetcher{Root: filepath.Join(dir, "log")},
-		byHeader: map[receipt.Hash]uint64{}, last: map[[16]byte]receipt.Header{}, decided: map[[16]byte]decided{}}
+		byHeader: map[receipt.Hash]uint64{}, last: map[[16]byte]receipt.Header{}, decided: map[[16]byte]decided{},
+		keys: receipt.NewKeyAudit(id.Origin, verifier), so: (&compact.RangeFactory{Hash: rfc6962.DefaultHasher.HashChildren}).NewEmptyRange(0)}
 	return a.report, a.run(ctx, progress)
 }
 
@@ -81,15 +85,17 @@ type audit struct {
 	verifier note.Verifier
 	report   *Report
 	tree     client.FileFetcher
-	byHeader map[receipt.Hash]uint64         // block number by leaf hash of its header
-	last     map[[16]byte]receipt.Header     // last header by incarnation
-	prev     receipt.Hash                    // leaf hash of the last distinct header
-	decided  map[[16]byte]decided            // decisions seen
-	vkeys    map[string]receipt.KeyStatement // daily keys stated in the log
-	hashes   []receipt.Hash                  // of the log's leaves
-	released uint64                          // ordinals below this stand in blocks
-	present  []wal.Range                     // ordinals of records, as they come
-	lost     []wal.Range                     // declared by headers, or named by the write-ahead log
+	byHeader map[receipt.Hash]uint64     // block number by leaf hash of its header
+	last     map[[16]byte]receipt.Header // last header by incarnation
+	prev     receipt.Hash                // leaf hash of the last distinct header
+	decided  map[[16]byte]decided        // decisions seen
+	keys     *receipt.KeyAudit           // of the whole log
+	inForce  string                      // daily key of the last statement
+	so       *compact.Range              // the leaves so far
+	hashes   []receipt.Hash              // of the log's leaves
+	released uint64                      // ordinals below this stand in blocks
+	present  []wal.Range                 // ordinals of records, as they come
+	lost     []wal.Range                 // declared by headers, or named by the write-ahead log
 }
 
 // decided is a decision that the audit has met.
@@ -103,7 +109,6 @@ func (a *audit) problem(where, format string, args ...any) {
 }
 
 func (a *audit) run(ctx context.Context, progress func(done, total uint64)) error {
-	a.vkeys = map[string]receipt.KeyStatement{}
 	total := a.indexBlocks()
 	seen := map[uint64]bool{}
 	if err := a.log(ctx, seen, progress); err != nil {
@@ -158,6 +163,7 @@ func (a *audit) log(ctx context.Context, seen map[uint64]bool, progress func(don
 		a.leaf(leaf, seen)
 		progress(leaf.index+1, cp.size)
 	}
+	a.report.Sealed = a.keys.Seal() != nil
 	a.daily(raw)
 	return nil
 }
@@ -165,7 +171,7 @@ func (a *audit) log(ctx context.Context, seen map[uint64]bool, progress func(don
 // indexBlocks reads every local header, and returns how many there should be.
 func (a *audit) indexBlocks() uint64 {
 	var c chain
-	if _, err := a.store.getMeta("chain", &c); err != nil {
+	if err := a.store.loadChain(&c); err != nil {
 		a.problem("blocks", "%v", err)
 	}
 	a.released = c.Released
@@ -191,17 +197,21 @@ func (a *audit) indexBlocks() uint64 {
 // leaf checks one leaf of the log.
 func (a *audit) leaf(leaf logLeaf, seen map[uint64]bool) {
 	where := fmt.Sprintf("log leaf %d", leaf.index)
-	a.hashes = append(a.hashes, receipt.LeafHash(leaf.data))
-	if bytes.HasPrefix(leaf.data, []byte(receipt.KeyPrefix)) {
-		a.keyStatement(where, leaf)
+	hash := receipt.LeafHash(leaf.data)
+	if err := a.key(leaf); err != nil {
+		a.problem(where, "%v", err)
+	}
+	a.hashes = append(a.hashes, hash)
+	if err := a.so.Append(hash[:], nil); err != nil {
+		a.problem(where, "%v", err)
+	}
+	if receipt.RootNeeded(leaf.data) {
 		return
 	}
 	h, err := receipt.ParseHeader(leaf.data)
 	if err != nil {
-		a.problem(where, "is neither a header nor a key statement: %v", err)
-		return
+		return // named by key
 	}
-	hash := receipt.LeafHash(leaf.data)
 	n, known := a.byHeader[hash]
 	if known && seen[n] {
 		return // an equal duplicate, legal after a crash
@@ -324,40 +334,49 @@ func (a *audit) record(n uint64, leaf []byte) (ordinal uint64, err error) {
 	return o.Ordinal, nil
 }
 
-// keyStatement checks a daily key's entry.
-func (a *audit) keyStatement(where string, leaf logLeaf) {
+// key checks a leaf against the daily keys: those before it, and what the block store knows of it.
+func (a *audit) key(leaf logLeaf) error {
+	root := receipt.EmptyRoot
+	if receipt.RootNeeded(leaf.data) && leaf.index > 0 {
+		r, err := a.so.GetRootHash(nil)
+		if err != nil {
+			return err
+		}
+		root = receipt.Hash(r)
+	}
+	if err := a.keys.Leaf(leaf.index, root, leaf.data); err != nil {
+		return err
+	}
+	if !bytes.HasPrefix(leaf.data, []byte(receipt.KeyPrefix)) {
+		return nil
+	}
 	a.report.KeyStatements++
-	ks, err := receipt.ParseKeyStatement(leaf.data)
-	if err != nil {
-		a.problem(where, "%v", err)
-		return
+	if k, ok := a.keys.Current(); ok {
+		a.inForce = k.Key
 	}
-	if _, err := receipt.VerifyKeyStatement(leaf.data, a.verifier, nil); err != nil {
-		a.problem(where, "%v", err)
-		return
+	known, err := a.store.get(key(kKey, leaf.index))
+	if err == nil && !bytes.Equal(known, leaf.data) {
+		err = errors.New("key statement that the block store does not know: bundles cannot be made under it")
 	}
-	if p, ok := a.vkeys[ks.Predecessor]; ks.Predecessor != "" && (!ok || ks.NotBefore.After(p.NotAfter)) {
-		a.problem(where, "key statement is signed by a predecessor that was not in force: %s", ks.Predecessor)
-	}
-	if ks.FirstSize > leaf.index {
-		a.problem(where, "key statement names a tree of %d leaves, but stands at %d", ks.FirstSize, leaf.index)
-	}
-	a.vkeys[ks.Key] = *ks
+	return err
 }
 
-// daily checks that a stated daily key signed the checkpoint.
+// daily checks that the daily key in force signed the checkpoint, and that the block store's state of the keys can be read.
 func (a *audit) daily(raw []byte) {
-	for vkey := range a.vkeys {
-		v, err := keys.Verifier(vkey)
-		if err != nil {
-			continue
-		}
-		if n, err := note.Open(raw, note.VerifierList(v)); err == nil && len(n.Sigs) > 0 {
-			return
-		}
+	if st, err := a.store.loadKeys(); err != nil {
+		a.problem("blocks", "%v", err)
+	} else if st == nil {
+		a.problem("blocks", "the state of the daily keys is missing")
 	}
-	if a.report.CheckpointSize > 0 {
-		a.problem("checkpoint", "no daily key that is stated in the log has signed it")
+	if a.report.CheckpointSize == 0 {
+		return
+	}
+	v, err := keys.Verifier(a.inForce)
+	if err == nil {
+		_, err = note.Open(raw, note.VerifierList(v))
+	}
+	if err != nil {
+		a.problem("checkpoint", "is not signed by the daily key in force, %s: %v", a.inForce, err)
 	}
 }
 

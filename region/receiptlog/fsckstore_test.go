@@ -71,14 +71,22 @@ func TestFsckNamesWhatStandsBeside(t *testing.T) {
 		{"a decision is pending that is not", "blocks", "noted as pending, and is not", func(s *store) error {
 			return s.db.Set(uuidKey(kPending, [16]byte{1}), make([]byte, 16), pebble.Sync)
 		}},
+		{"a key statement is forgotten", "log leaf 0", "that the block store does not know", func(s *store) error {
+			return s.db.Delete(key(kKey, 0), pebble.Sync)
+		}},
+		{"the state of the keys is forgotten", "blocks", "state of the daily keys is missing", func(s *store) error {
+			return s.db.Delete(metaKey(keysMeta), pebble.Sync)
+		}},
 		{"an unknown key", "blocks", "unknown key", func(s *store) error { return s.db.Set([]byte("z"), nil, pebble.Sync) }},
 		{"the blocks are rolled back behind the write-ahead log", "wal", "those between were sealed and are gone", func(s *store) error {
 			var c chain
-			if _, err := s.getMeta("chain", &c); err != nil {
+			if err := s.loadChain(&c); err != nil {
 				return err
 			}
 			c.Released = 2
-			return s.setMeta("chain", c)
+			b := s.db.NewBatch()
+			defer b.Close()
+			return errors.Join(putChain(b, c), b.Commit(pebble.Sync))
 		}},
 		{"a segment of the write-ahead log is damaged", "wal", "corrupt", nil},
 	} {

@@ -116,7 +116,7 @@ func (f *fixture) bundle(id string, records int) *receipt.Verified {
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for {
 		raw, err := f.log.Bundle(f.t.Context(), id, true)
 		if err == nil {

@@ -223,7 +223,7 @@ func (l *Log) runExpiry(ctx context.Context) error {
 		}
 		if err := l.expire(ctx, crashed, "the process ended before the outcome was known"); err == nil {
 			crashed = nil
-			err = l.expire(ctx, l.pending.before(l.clock.now().Add(-l.cfg.OutcomeTimeout)), "outcome_timeout")
+			err = l.expire(ctx, l.pending.before(l.clock.Now().Add(-l.cfg.OutcomeTimeout)), "outcome_timeout")
 			if err != nil && !errors.Is(err, ErrFull) {
 				return err
 			}
@@ -238,8 +238,11 @@ func (l *Log) runExpiry(ctx context.Context) error {
 	}
 }
 
-// expire records the outcome "unknown" for those of uuids that are still pending. ErrFull: try again soon.
+// expire records the outcome "unknown" for those of uuids that are still pending, unless the log has ended. ErrFull: try again soon.
 func (l *Log) expire(ctx context.Context, uuids [][16]byte, why string) error {
+	if l.ended.Load() {
+		return nil
+	}
 	one := func(u [16]byte) error {
 		// An outcome that comes between the claim and the record waits, and is then a late one.
 		l.lateMu.Lock()

@@ -15,7 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const stateVersion = "knhk-state 1\n"
+const (
+	stateVersion = "knhk-state 2\n"
+	oldVersion   = "knhk-state 1\n" // headers that name no key statement; never released
+)
 
 // startHeaders is how many of the newest headers a start looks for: about a day's, some 50 ms.
 const startHeaders = 1 << 16
@@ -52,7 +55,7 @@ func lockDir(dir string, create bool) (*os.File, error) {
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("lock state_dir %s: another knhk owns it (%w): stop that one, or give this one its own state_dir", dir, err)
+		return nil, fmt.Errorf("lock state_dir %s: %w (%w): stop that one, or give this one its own state_dir", dir, ErrInUse, err)
 	}
 	if err := checkVersion(dir, create); err != nil {
 		f.Close()
@@ -71,7 +74,10 @@ func checkVersion(dir string, create bool) error {
 			return fmt.Errorf("read state_dir: %w", err)
 		}
 		for _, e := range entries {
-			if e.Name() != "lock" && e.Name() != "VERSION.tmp" { // what a crash in its first moment leaves
+			switch e.Name() {
+			case "lock", "VERSION.tmp": // what a crash in its first moment leaves
+			case "archive": // public keys of a key service, whose identity key is made before the log
+			default:
 				return fmt.Errorf("open state_dir %s: holds %q but no VERSION file: not a knhk state directory, give an empty one", dir, e.Name())
 			}
 		}
@@ -82,6 +88,9 @@ func checkVersion(dir string, create bool) error {
 		return writeFile(path, []byte(stateVersion))
 	case err != nil:
 		return fmt.Errorf("read state_dir version: %w", err)
+	case string(b) == oldVersion:
+		return fmt.Errorf("open state_dir %s: it was made by an older knhk, whose receipts do not bind their daily key, and cannot be gone on with: "+
+			"keep it for that knhk to read, and start a new state_dir", dir)
 	case string(b) != stateVersion:
 		return fmt.Errorf("open state_dir %s: VERSION says %q, this program reads %q", dir, strings.TrimSpace(string(b)),
 			strings.TrimSpace(stateVersion))
@@ -117,13 +126,8 @@ func loadIdentity(dir, prefix, instance string, vkey func(origin string) (string
 	if err != nil {
 		return identity{}, err
 	}
-	if want := prefix + "/" + id.LogID[:16]; id.Origin != want {
-		return identity{}, fmt.Errorf("open log: state_dir %s holds the log %s, the configuration says origin %s: "+
-			"an origin is for ever; give the new one its own state_dir", dir, id.Origin, prefix)
-	}
-	if id.Instance != instance {
-		return identity{}, fmt.Errorf("open log: state_dir %s belongs to instance %q, the configuration says %q: "+
-			"receipt ids carry the name; give the new one its own state_dir", dir, id.Instance, instance)
+	if err := id.belongs(dir, prefix, instance); err != nil {
+		return identity{}, err
 	}
 	got, err := vkey(id.Origin)
 	if err != nil {
@@ -134,6 +138,19 @@ func loadIdentity(dir, prefix, instance string, vkey func(origin string) (string
 			"never changes; restore that key or start a new state_dir", got, id.Identity)
 	}
 	return id, nil
+}
+
+// belongs says whether the directory is the one of this origin and instance.
+func (id identity) belongs(dir, prefix, instance string) error {
+	if want := prefix + "/" + id.LogID[:16]; id.Origin != want {
+		return fmt.Errorf("open log: state_dir %s holds the log %s, the configuration says origin %s: "+
+			"an origin is for ever; give the new one its own state_dir", dir, id.Origin, prefix)
+	}
+	if id.Instance != instance {
+		return fmt.Errorf("open log: state_dir %s belongs to instance %q, the configuration says %q: "+
+			"receipt ids carry the name; give the new one its own state_dir", dir, id.Instance, instance)
+	}
+	return nil
 }
 
 // restorePolicy writes the policy file again if it is not what log.json says: nobody here reads it, but auditors take it.

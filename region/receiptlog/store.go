@@ -33,7 +33,7 @@ const chunkRecords = 256
 //	Q hash n pos decision found by x-request-id or trace id: hash64 of the value
 //	T time n     block by the time it was closed
 //	K index      key statement leaf, by its index in the log
-//	M name       small state, JSON
+//	M name       state: of the sequence of headers, and of the daily keys; JSON
 const (
 	kHeader   = 'H'
 	kIndex    = 'X'
@@ -144,6 +144,8 @@ func key(kind byte, parts ...uint64) []byte {
 
 func uuidKey(kind byte, uuid [16]byte) []byte { return append([]byte{kind}, uuid[:]...) }
 
+func metaKey(name string) []byte { return append([]byte{kMeta}, name...) }
+
 // get returns a copy of the value, nil when there is none.
 func (s *store) get(k []byte) ([]byte, error) {
 	v, c, err := s.db.Get(k)
@@ -157,49 +159,27 @@ func (s *store) get(k []byte) ([]byte, error) {
 	return out, c.Close()
 }
 
-func (s *store) getMeta(name string, into any) (bool, error) {
-	b, err := s.get(append([]byte{kMeta}, name...))
+// chainMeta is where chain stands.
+const chainMeta = "chain"
+
+// loadChain reads where the sequence of headers stands, and leaves into alone when there are none yet.
+func (s *store) loadChain(into *chain) error {
+	b, err := s.get(metaKey(chainMeta))
 	if err != nil || b == nil {
-		return false, err
-	}
-	if err := json.Unmarshal(b, into); err != nil {
-		return false, fmt.Errorf("read block store: state %q is damaged: %w", name, err)
-	}
-	return true, nil
-}
-
-func putMeta(b *pebble.Batch, name string, v any) error {
-	j, err := json.Marshal(v)
-	if err != nil {
-		return fmt.Errorf("encode state %q: %w", name, err)
-	}
-	return b.Set(append([]byte{kMeta}, name...), j, nil)
-}
-
-func (s *store) setMeta(name string, v any) error {
-	b := s.db.NewBatch()
-	defer b.Close()
-	if err := putMeta(b, name, v); err != nil {
 		return err
 	}
-	if err := b.Commit(pebble.Sync); err != nil {
-		return fmt.Errorf("write block store: %w", err)
+	if err := json.Unmarshal(b, into); err != nil {
+		return fmt.Errorf("read block store: state %q is damaged: %w", chainMeta, err)
 	}
 	return nil
 }
 
-func (s *store) activateDaily(k dailyKey) error {
-	b := s.db.NewBatch()
-	defer b.Close()
-	err := errors.Join(putMeta(b, "daily", k), b.Delete(append([]byte{kMeta}, "daily-next"...), nil),
-		b.Set(key(kKey, k.Index), k.Statement, nil))
-	if err == nil {
-		err = b.Commit(pebble.Sync)
-	}
+func putChain(b *pebble.Batch, c chain) error {
+	j, err := json.Marshal(c)
 	if err != nil {
-		return fmt.Errorf("write daily key: %w", err)
+		return fmt.Errorf("encode state %q: %w", chainMeta, err)
 	}
-	return nil
+	return b.Set(metaKey(chainMeta), j, nil)
 }
 
 func (s *store) header(n uint64) ([]byte, error) { return s.get(key(kHeader, n)) }

@@ -3,6 +3,7 @@
 package receiptlog
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
@@ -103,39 +104,36 @@ func unprivileged(t *testing.T, dir string) {
 	}
 }
 
-// TestStoreSurvivesPowerLoss: what the block store has acknowledged is there when everything unsynced is gone.
-func TestStoreSurvivesPowerLoss(t *testing.T) {
+// TestKeysSurvivePowerLoss: what the journal of the daily keys has acknowledged is there when everything unsynced is gone: the state,
+// and the statement by its place, without which no bundle can be made.
+func TestKeysSurvivePowerLoss(t *testing.T) {
 	f := newFixture(t)
 	disk := vfs.NewCrashableMem()
-	s, err := openStore("/state", f.cfg.Log, disk, false)
+	f.cfg.BlockFS = disk
+	l := f.open()
+	want, err := l.store.loadKeys()
+	if err != nil || want == nil || want.Current == nil {
+		t.Fatalf("no key in force: %+v, %v", want, err)
+	}
+	want.Floor = want.Floor.Add(time.Second) // a state that nothing else writes
+	if err := l.store.saveKeys(want); err != nil {
+		t.Fatal(err)
+	}
+	s, err := openStore(f.cfg.Dir, f.cfg.Log, disk.CrashClone(vfs.CrashCloneCfg{}), false)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer s.close()
-	after := func() *store {
-		t.Helper()
-		s, err := openStore("/state", f.cfg.Log, disk.CrashClone(vfs.CrashCloneCfg{}), false)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { s.close() })
-		return s
+	if got, err := s.loadKeys(); err != nil || got == nil || !got.Floor.Equal(want.Floor) {
+		t.Errorf("the state of the daily keys is gone: %+v, %v", got, err)
 	}
-	want := dailyKey{Label: "daily", ID: "1", Statement: []byte("a statement"), Index: 7}
-	if err := s.setMeta("daily-next", want); err != nil {
-		t.Fatal(err)
+	if index, leaf, err := s.statementAt(1); err != nil || index != 0 || !bytes.Equal(leaf, want.Current.Statement) {
+		t.Errorf("the statement is gone: at %d, %v", index, err)
 	}
-	var got dailyKey
-	if ok, err := after().getMeta("daily-next", &got); err != nil || !ok || got.ID != want.ID {
-		t.Errorf("the next daily key is gone: %v, %v, %+v", ok, err, got)
-	}
-	if err := s.activateDaily(want); err != nil {
-		t.Fatal(err)
-	}
-	got = dailyKey{}
-	if ok, err := after().getMeta("daily", &got); err != nil || !ok || got.ID != want.ID {
-		t.Errorf("the daily key is gone: %v, %v, %+v", ok, err, got)
-	}
+	f.stop()
+	<-f.done
+	l.Close(t.Context())
+	f.log = nil
 }
 
 // TestBlockSurvivesPowerLoss: a block whose header is in the log, and whose records the WAL may forget, is on the disk.

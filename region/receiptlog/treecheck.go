@@ -3,14 +3,11 @@ package receiptlog
 import (
 	"bytes"
 	"context"
-	"encoding/json/v2"
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 
-	"github.com/transparency-dev/merkle/compact"
 	"github.com/transparency-dev/merkle/rfc6962"
 	"github.com/transparency-dev/tessera/client"
 	"golang.org/x/mod/sumdb/note"
@@ -26,17 +23,10 @@ func checkTree(ctx context.Context, dir string, identity note.Verifier) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("check log: read checkpoint: %w", err)
 	}
-	var state struct { // as Tessera writes it
-		Size uint64 `json:"size"`
-		Root []byte `json:"root"`
-	}
 	file := filepath.Join(dir, ".state", "treeState")
-	b, err := os.ReadFile(file)
+	state, err := readTreeState(dir) // Tessera trusts it without looking
 	if errors.Is(err, fs.ErrNotExist) && !signed {
 		return nil
-	}
-	if err == nil {
-		err = json.Unmarshal(b, &state)
 	}
 	if err != nil {
 		return fmt.Errorf("check log: %s is missing or damaged: %w", file, err)
@@ -67,23 +57,13 @@ func checkTree(ctx context.Context, dir string, identity note.Verifier) error {
 	return nil
 }
 
-// rootIs computes the root of the first size leaves from the tiles.
+// rootIs checks the root of the first size leaves, computed from the tiles.
 func rootIs(ctx context.Context, tree client.FileFetcher, size uint64, want []byte) error {
-	nodes, err := client.FetchRangeNodes(ctx, size, tree.ReadTile)
+	got, err := rootOf(ctx, tree.ReadTile, size)
 	if err != nil {
 		return err
 	}
-	r, err := (&compact.RangeFactory{Hash: rfc6962.DefaultHasher.HashChildren}).NewRange(0, size, nodes)
-	if err != nil {
-		return err
-	}
-	got := rfc6962.DefaultHasher.EmptyRoot()
-	if size > 0 {
-		if got, err = r.GetRootHash(nil); err != nil {
-			return err
-		}
-	}
-	if !bytes.Equal(got, want) {
+	if !bytes.Equal(got[:], want) {
 		return fmt.Errorf("the root of %d leaves is %x, not %x", size, got, want)
 	}
 	return nil

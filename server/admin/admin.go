@@ -1,5 +1,5 @@
 // Package admin serves the people and tools that run knhk: receipts over Connect (gRPC, gRPC-Web and JSON over HTTP),
-// /metrics, /livez, /readyz, /policy (the policy file of the log) and Go's profiles under /debug/pprof/.
+// /metrics, /livez, /readyz, /policy (the policy file of the log), /keys, /jwks.json, /revocations and Go's profiles under /debug/pprof/.
 //
 // It promises to be read-only: nothing here changes what is admitted or recorded. It authenticates nobody: server lets it
 // listen on loopback addresses and unix sockets only. It starts nothing; server serves the Handler.
@@ -26,18 +26,21 @@ const (
 	tailBuffer  = 1024 // records a slow reader may lag behind before it misses some
 )
 
-// Config is what New needs; all fields are required.
+// Config is what New needs; all fields are required unless they say otherwise.
 type Config struct {
 	Log     *receiptlog.Log
 	Metrics http.Handler
 	// Ready says why requests are not being admitted; nil when they are.
 	Ready func() error
+	// Where the keys live, in words; empty for a sealed log, which needs none.
+	IdentityCustody, DailyCustody string
 }
 
 // New returns the handler of the admin listener.
 func New(cfg Config) http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle(adminv1connect.NewReceiptServiceHandler(&receipts{log: cfg.Log}))
+	mux.Handle(adminv1connect.NewReceiptServiceHandler(&receipts{cfg.Log, cfg.IdentityCustody, cfg.DailyCustody}))
+	publishKeys(mux, cfg.Log)
 	mux.Handle("GET /metrics", cfg.Metrics)
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
@@ -58,7 +61,10 @@ func New(cfg Config) http.Handler {
 }
 
 // receipts answers knhk.admin.v1.ReceiptService.
-type receipts struct{ log *receiptlog.Log }
+type receipts struct {
+	log                           *receiptlog.Log
+	identityCustody, dailyCustody string
+}
 
 // code maps the log's errors to Connect's, in one place.
 func code(err error) error {
@@ -209,9 +215,12 @@ func (r *receipts) Status(context.Context, *adminv1.StatusRequest) (*adminv1.Sta
 	s := r.log.Stats()
 	vkey, expires := r.log.DailyKey()
 	out := &adminv1.StatusResponse{
-		Origin: r.log.Origin(), IdentityVkey: r.log.IdentityVKey(), DailyVkey: vkey, DailyExpiresUnixNs: expires.UnixNano(),
-		KeyCustody: r.log.Custody(), Decisions: s.Decisions, PendingOutcomes: uint64(s.Pending), Blocks: s.Blocks,
+		Origin: r.log.Origin(), IdentityVkey: r.log.IdentityVKey(), DailyVkey: vkey,
+		IdentityCustody: r.identityCustody, DailyCustody: r.dailyCustody, Sealed: r.log.Sealed() != nil, Decisions: s.Decisions, PendingOutcomes: uint64(s.Pending), Blocks: s.Blocks,
 		CheckpointSize: s.CheckpointSize, UnsignedNs: int64(s.Unsigned), Checkpoint: string(r.log.Checkpoint()),
+	}
+	if !expires.IsZero() {
+		out.DailyExpiresUnixNs = expires.UnixNano()
 	}
 	if s.Refusing != nil {
 		out.Refusing = s.Refusing.Error()

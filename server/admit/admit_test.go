@@ -246,6 +246,7 @@ func TestUnrecorded(t *testing.T) {
 	}{
 		{fmt.Errorf("x: %w", receiptlog.ErrFull), policy.ReasonLogFull, 503, true},
 		{fmt.Errorf("x: %w", receiptlog.ErrUnsigned), policy.ReasonUnsigned, 503, true},
+		{receiptlog.ErrSealed, policy.ReasonSealed, 503, true},
 		{receiptlog.ErrStopping, policy.ReasonStopping, 503, true},
 		{receiptlog.ErrUnavailable, policy.ReasonLogUnavailable, 503, true},
 		{errors.New("anything else"), policy.ReasonLogUnavailable, 503, true},

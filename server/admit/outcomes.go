@@ -106,6 +106,8 @@ func reasonOf(err error) policy.Reason {
 		return policy.ReasonUnsigned
 	case errors.Is(err, receiptlog.ErrTooLarge):
 		return policy.ReasonTooLarge
+	case errors.Is(err, receiptlog.ErrSealed):
+		return policy.ReasonSealed
 	case errors.Is(err, receiptlog.ErrStopping):
 		return policy.ReasonStopping
 	}

@@ -38,6 +38,7 @@ type Config struct {
 	Envoy        Envoy
 	DryRun       bool
 	Shutdown     Shutdown
+	Succeeds     Succeeds
 	// PolicyDigest names what decides about requests: the first half of the SHA-256 of the deterministic protobuf encoding
 	// of beat, class_rules, default_route, routes and dry_run, with defaults applied. It stands in every record.
 	PolicyDigest [16]byte
@@ -71,8 +72,9 @@ type Listeners struct {
 
 // Keys are the signing keys.
 type Keys struct {
-	Identity, Daily Key
-	DailyMaxAge     time.Duration // in (0, 24h]
+	Identity, Daily  Key
+	RotationInterval time.Duration // in (0, 24h]
+	AllowExportable  bool
 }
 
 // Key is a key's URI and algorithm.
@@ -191,6 +193,14 @@ func classOf(c configv1.Class) policy.Class {
 	return policy.ClassUnknown
 }
 
+// Succeeds names the sealed log that this one goes on for. The zero value is none.
+type Succeeds struct {
+	Seal, Policy string // files
+}
+
+// IsZero reports whether there is no such log.
+func (s Succeeds) IsZero() bool { return s == Succeeds{} }
+
 // build turns a message that has defaults applied and passed every check into a Config.
 func build(file string, pb *configv1.Config) (*Config, error) {
 	c := &Config{
@@ -199,9 +209,10 @@ func build(file string, pb *configv1.Config) (*Config, error) {
 		Instance: pb.GetInstance(),
 		StateDir: pb.GetStateDir(),
 		Keys: Keys{
-			Identity:    key(pb.GetKeys().GetIdentity()),
-			Daily:       key(pb.GetKeys().GetDaily()),
-			DailyMaxAge: pb.GetKeys().GetDailyMaxAge().AsDuration(),
+			Identity:         key(pb.GetKeys().GetIdentity()),
+			Daily:            key(pb.GetKeys().GetDaily()),
+			RotationInterval: pb.GetKeys().GetRotationInterval().AsDuration(),
+			AllowExportable:  pb.GetKeys().GetAllowExportable(),
 		},
 		Log: Log{
 			SealEvery:      pb.GetLog().GetSealEvery().AsDuration(),
@@ -224,8 +235,9 @@ func build(file string, pb *configv1.Config) (*Config, error) {
 			Announce: pb.GetShutdown().GetAnnounce().AsDuration(),
 			Drain:    pb.GetShutdown().GetDrain().AsDuration(),
 		},
-		pb:     pb,
-		routes: make(map[string]*RoutePolicy, len(pb.GetRoutes())),
+		Succeeds: Succeeds{Seal: pb.GetSucceeds().GetSeal(), Policy: pb.GetSucceeds().GetPolicy()},
+		pb:       pb,
+		routes:   make(map[string]*RoutePolicy, len(pb.GetRoutes())),
 	}
 	cycle := pb.GetBeat().GetCycle().AsDuration()
 	tick := cycle / beat.TicksPerCycle

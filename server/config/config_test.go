@@ -163,9 +163,9 @@ func TestLoadFull(t *testing.T) {
 			Envoy: Address{"unix", "/run/knhk/envoy.sock"}, Admin: Address{"tcp", "127.0.0.1:9090"}, Tiles: Address{"tcp", "[::1]:9091"},
 		},
 		Keys: Keys{
-			Identity:    Key{"pkcs11:token=knhk;object=identity" + module + "file:/etc/knhk/pin", keys.P256},
-			Daily:       Key{"pkcs11:token=knhk;object=daily" + module + "env:KNHK_PIN", keys.P256},
-			DailyMaxAge: 12 * time.Hour,
+			Identity:         Key{"pkcs11:token=knhk;object=identity" + module + "file:/etc/knhk/pin", keys.P256},
+			Daily:            Key{"pkcs11:token=knhk;object=daily" + module + "env:KNHK_PIN", keys.P256},
+			RotationInterval: 12 * time.Hour, AllowExportable: true,
 		},
 		Log: Log{2 * time.Second, 3 * time.Minute, 30 * time.Second, 30 * time.Minute, 32 << 20, 512 << 20},
 		Beat: Beat{
@@ -178,6 +178,7 @@ func TestLoadFull(t *testing.T) {
 			3 * time.Second, 100 * ms, 5000, 10 * time.Minute,
 		},
 		DryRun: true, Shutdown: Shutdown{time.Second, 20 * time.Second},
+		Succeeds: Succeeds{Seal: "/var/lib/knhk/old.seal", Policy: "/var/lib/knhk/old.policy"},
 	}
 	got := *c
 	got.PolicyDigest, got.pb, got.routes = [16]byte{}, nil, nil
@@ -281,7 +282,9 @@ func TestChanges(t *testing.T) {
 		{"origin", "example.com/knhk/other", []string{"origin"}},
 		{"listeners.tiles", "", []string{"listeners.tiles"}},
 		{"keys.daily.algorithm", "ED25519", []string{"keys.daily.algorithm"}},
-		{"keys.daily_max_age", "6h", []string{"keys.daily_max_age"}},
+		{"keys.rotation_interval", "6h", []string{"keys.rotation_interval"}},
+		{"keys.allow_exportable", "false", []string{"keys.allow_exportable"}},
+		{"succeeds.seal", "/other", []string{"succeeds.seal"}},
 		{"log", "{seal_every: 3s}", []string{"log.heartbeat", "log.max_unsigned", "log.outcome_timeout", "log.seal_every",
 			"log.wal_max_mib", "log.wal_segment_mib"}}, // those left out go back to their defaults
 		{"beat.cycle", "512ms", []string{"beat.cycle"}}, // tick numbers count this clock

@@ -51,7 +51,7 @@ func setKeys(k *configv1.Keys) {
 			k.Algorithm = configv1.Algorithm_ED25519
 		}
 	}
-	setDuration(&k.DailyMaxAge, 24*time.Hour)
+	setDuration(&k.RotationInterval, 24*time.Hour)
 }
 
 func setLog(l *configv1.Log) {

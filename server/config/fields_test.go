@@ -68,8 +68,10 @@ var fieldCases = map[string]fieldCase{
 		bend{at: "keys.daily.uri", to: "pkcs11:token=knhk;object=identity?module-path=/usr/lib/softhsm/libsofthsm2.so" +
 			"&pin-source=file:/etc/knhk/pin", want: "same key"}),
 	"keys.daily.algorithm": bends(bend{at: "keys.daily.algorithm", to: "ed25519", want: "want ED25519 or P256"}),
-	"keys.daily_max_age": bends(bend{at: "keys.daily_max_age", to: "25h", want: "86400s"},
-		bend{at: "keys.daily_max_age", to: "0s", want: "greater than 0s"}),
+	"keys.rotation_interval": bends(bend{at: "keys.rotation_interval", to: "25h", want: "86400s"},
+		bend{at: "keys.rotation_interval", to: "0s", want: "greater than 0s"},
+		bend{at: "keys.rotation_interval", to: "-1h", want: "greater than 0s"}),
+	"keys.allow_exportable": {bends(bend{at: "keys.allow_exportable", to: "yes", want: notBool}).bends, eitherLegal},
 
 	"log": bends(bend{at: "log", to: "true", want: notMapping}),
 	"log.seal_every": bends(bend{at: "log.seal_every", to: "99ms", want: "0.1"},
@@ -187,6 +189,10 @@ var fieldCases = map[string]fieldCase{
 		bend{at: "envoy.max_requests", to: "10000001", want: "10000000"}),
 	"envoy.max_connection_duration": bends(bend{at: "envoy.max_connection_duration", to: "0s", want: "1s"},
 		bend{at: "envoy.max_connection_duration", to: "25h", want: "86400s"}),
+
+	"succeeds":        bends(bend{at: "succeeds", to: "/old", want: notMapping}),
+	"succeeds.seal":   bends(bend{at: "succeeds.seal", want: required}, bend{at: "succeeds.seal", to: "''", want: "at least 1"}),
+	"succeeds.policy": bends(bend{at: "succeeds.policy", want: required}, bend{at: "succeeds.policy", to: "''", want: "at least 1"}),
 
 	"dry_run":  {bends(bend{at: "dry_run", to: "on", want: notBool}).bends, eitherLegal},
 	"shutdown": bends(bend{at: "shutdown", to: "10s", want: notMapping}),

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -390,15 +391,19 @@ func statusCmd() *cobra.Command {
 			if err != nil {
 				return said(cmd, err)
 			}
-			expires := time.Unix(0, s.GetDailyExpiresUnixNs()).UTC().Format(time.RFC3339)
+			expires := rfc3339(s.GetDailyExpiresUnixNs())
 			unsigned := time.Duration(s.GetUnsignedNs()).Round(time.Millisecond)
 			if wantJSON(cmd) {
 				return printJSON(cmd, map[string]any{
 					"origin": s.GetOrigin(), "identity_vkey": s.GetIdentityVkey(), "daily_vkey": s.GetDailyVkey(), "daily_expires": expires,
-					"key_custody": s.GetKeyCustody(), "decisions": s.GetDecisions(), "pending_outcomes": s.GetPendingOutcomes(), "blocks": s.GetBlocks(),
+					"identity_custody": s.GetIdentityCustody(), "daily_custody": s.GetDailyCustody(), "sealed": s.GetSealed(), "decisions": s.GetDecisions(), "pending_outcomes": s.GetPendingOutcomes(), "blocks": s.GetBlocks(),
 					"checkpoint_size": s.GetCheckpointSize(), "unsigned_seconds": unsigned.Seconds(), "refusing": s.GetRefusing(),
 					"checkpoint": s.GetCheckpoint(),
 				})
+			}
+			until := cmp.Or(expires, "-")
+			if s.GetSealed() {
+				until = "- (the log is sealed: nothing signs for it any more)"
 			}
 			refusing := s.GetRefusing()
 			if refusing == "" {
@@ -406,14 +411,16 @@ func statusCmd() *cobra.Command {
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), `origin       %s
 identity     %s
+  lives in   %s
 daily key    %s
+  lives in   %s
   signs until %s
-keys         %s
 decisions    %d since start, %d wait for their outcome
 blocks       %d
 checkpoint   %d leaves signed, oldest unsigned record %v old
 refusing     %s
-`, s.GetOrigin(), s.GetIdentityVkey(), s.GetDailyVkey(), expires, s.GetKeyCustody(), s.GetDecisions(), s.GetPendingOutcomes(),
+`, s.GetOrigin(), s.GetIdentityVkey(), cmp.Or(s.GetIdentityCustody(), "-"), cmp.Or(s.GetDailyVkey(), "-"),
+				cmp.Or(s.GetDailyCustody(), "-"), until, s.GetDecisions(), s.GetPendingOutcomes(),
 				s.GetBlocks(), s.GetCheckpointSize(), unsigned, refusing)
 			return nil
 		},

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -23,6 +24,7 @@ import (
 
 	adminv1 "github.com/knhk/sidecar/api/knhk/admin/v1"
 	"github.com/knhk/sidecar/api/knhk/admin/v1/adminv1connect"
+	"github.com/knhk/sidecar/crypto/hsm/softhsm"
 	"github.com/knhk/sidecar/crypto/keys"
 	"github.com/knhk/sidecar/crypto/receipt"
 	"github.com/knhk/sidecar/crypto/receipt/receipttest"
@@ -34,9 +36,19 @@ import (
 
 var update = flag.Bool("update", false, "rewrite what the scripts compare with")
 
+// programs are what scripts can run.
+var programs = map[string]func(){"knhk": main}
+
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"knhk": main})
+	klog.SetSlogLogger(slog.New(slog.DiscardHandler)) // Tessera's
+	testscript.Main(m, programs)
 }
+
+// The token that the command "token" makes.
+const (
+	tokenLabel = "knhk"
+	tokenPIN   = "1234"
+)
 
 // TestScripts runs testdata/*.txtar against the program. Every script finds in its directory:
 //
@@ -54,8 +66,11 @@ func TestMain(m *testing.M) {
 //	exits CODE PROGRAM ARGS...   runs the program and wants this exit code
 //	lock DIR                     holds the lock of a state directory until the script ends, as a running knhk does
 //	spoil PATTERN                changes one byte in the middle of each file, as a bad disk would
+//	token                        makes a SoftHSM token "knhk", its PIN in the file pin, and sets MODULE; only where the condition softhsm holds
+//	p11key LABEL KIND            a program: makes a key in that token that may not sign (nosign), or that can leave it (exportable)
+//	fill FILES...                replaces $NAME in the files
+//	refused TEXT CONFIG          serve and keys check both end with exit code 1 and one and the same line, which holds the text
 func TestScripts(t *testing.T) {
-	klog.SetSlogLogger(slog.New(slog.DiscardHandler)) // Tessera's, while the state directory is made
 	shared := t.TempDir()
 	makeBundles(t, shared)
 	makeState(t, filepath.Join(shared, "state"))
@@ -77,6 +92,15 @@ func TestScripts(t *testing.T) {
 			"exits": exits,
 			"lock":  lock,
 			"spoil": spoil,
+			"token": token, "fill": fill, "refused": refused,
+		},
+		Condition: func(cond string) (bool, error) {
+			if cond != "softhsm" {
+				return false, fmt.Errorf("unknown condition %q", cond)
+			}
+			_, ok := softhsm.Find()
+			_, built := programs["p11key"] // with cgo
+			return ok && built, nil
 		},
 	})
 }
@@ -96,6 +120,52 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	if got != want {
 		ts.Fatalf("exit code %d, want %d", got, want)
+	}
+}
+
+func token(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 0 {
+		ts.Fatalf("usage: token")
+	}
+	module, _ := softhsm.Find()
+	conf, err := softhsm.InitToken(ts.MkAbs("hsm"), tokenLabel, tokenPIN, "12345678")
+	ts.Check(err)
+	ts.Setenv(softhsm.ConfEnv, conf)
+	ts.Setenv("MODULE", module)
+	ts.Check(os.WriteFile(ts.MkAbs("pin"), []byte(tokenPIN+"\n"), 0o600))
+}
+
+func fill(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) == 0 {
+		ts.Fatalf("usage: fill FILES...")
+	}
+	for _, name := range args {
+		ts.Check(os.WriteFile(ts.MkAbs(name), []byte(os.Expand(ts.ReadFile(name), ts.Getenv)), 0o600))
+	}
+}
+
+func refused(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 2 {
+		ts.Fatalf("usage: refused TEXT CONFIG")
+	}
+	said := map[string]string{}
+	for _, cmd := range []string{"serve", "keys check"} {
+		var exit *exec.ExitError
+		argv := append(strings.Fields(cmd), "--config", args[1])
+		if cmd == "serve" {
+			argv = append(argv, "--log-level", "error")
+		}
+		if err := ts.Exec("knhk", argv...); !errors.As(err, &exit) || exit.ExitCode() != exitFailed {
+			ts.Fatalf("%s: %v, want exit code %d", cmd, err, exitFailed)
+		}
+		line := strings.TrimSuffix(ts.ReadFile("stderr"), "\n")
+		if !strings.HasPrefix(line, "knhk: ") || strings.Contains(line, "\n") || !strings.Contains(line, args[0]) {
+			ts.Fatalf("%s says %q; want one line that holds %q", cmd, line, args[0])
+		}
+		said[cmd] = line
+	}
+	if said["serve"] != said["keys check"] {
+		ts.Fatalf("serve says %q, the check %q", said["serve"], said["keys check"])
 	}
 }
 

@@ -34,6 +34,8 @@ func serveCmd() *cobra.Command {
 		Long: `Run the service until SIGTERM or SIGINT, then drain: health goes to NOT_SERVING, streams finish, the last block is sealed
 and signed. SIGHUP, or a change of the file, reloads the configuration, all or nothing.
 
+A log that is sealed (knhk keys revoke --identity) is served for reading, without its keys; every request is refused.
+
 Logs go to standard error as text, or as JSON with -o json.`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -54,7 +56,11 @@ Logs go to standard error as text, or as JSON with -o json.`,
 			}
 			log := slog.New(h)
 			klog.SetSlogLogger(log.With("part", "tessera"))
-			s, err := server.New(cmd.Context(), path, log)
+			var opts []server.Option
+			if replace, _ := cmd.Flags().GetBool("replace-daily-key"); replace {
+				opts = append(opts, server.ReplaceDailyKey())
+			}
+			s, err := server.New(cmd.Context(), path, log, opts...)
 			if err != nil {
 				return err
 			}
@@ -62,6 +68,8 @@ Logs go to standard error as text, or as JSON with -o json.`,
 		},
 	}
 	configFlag(cmd)
+	cmd.Flags().Bool("replace-daily-key", false, "start with a restored state_dir whose daily key the store no longer has: make a new one.\n"+
+		"Never when the log has gone on elsewhere since: it would sign a second history")
 	cmd.Flags().String("log-level", "info", "debug, info, warn or error")
 	return cmd
 }

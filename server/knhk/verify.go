@@ -8,7 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -23,7 +23,11 @@ func verifyCmd() *cobra.Command {
 		Long: `Verify bundles with nothing but a policy file: no network, no service, no state directory. A BUNDLE is a file with one
 bundle, or with one a line as 'knhk receipts export' writes; "-" is standard input.
 
-One line for each bundle says what it proves or why it is refused. Exit code 1 if any is refused.`,
+One line for each bundle says what it proves or why it is refused. Exit code 1 if any is refused.
+
+With --revocation the verdict heeds what became of keys since: a FILE holds a revocation or a seal, as 'knhk keys revoke --out' writes it,
+or several, as /revocations of the admin listener gives them. Bundles must then be consistent with each; one that was fetched before
+the revocation brings no proof of that and is refused: fetch it anew.`,
 		Args: args(cobra.MinimumNArgs(1)),
 		RunE: func(cmd *cobra.Command, files []string) error {
 			path, _ := cmd.Flags().GetString("policy")
@@ -39,7 +43,20 @@ One line for each bundle says what it proves or why it is refused. Exit code 1 i
 			if err != nil {
 				return fmt.Errorf("%s: %w", path, err)
 			}
-			v := &verification{cmd: cmd, verifier: receipt.NewVerifier(p)}
+			v := &verification{cmd: cmd}
+			revocations, _ := cmd.Flags().GetStringArray("revocation")
+			if cmd.Flags().Changed("revocation") && len(revocations) == 0 { // a lone empty value comes back as none
+				revocations = []string{""}
+			}
+			for _, f := range revocations {
+				if f == "" {
+					return usageError{errors.New("--revocation names no file: an empty name must not pass for nothing to heed")}
+				}
+				if err := v.revoke(p, f); err != nil {
+					return err
+				}
+			}
+			v.verifier = receipt.NewVerifier(p)
 			v.quiet, _ = cmd.Flags().GetBool("quiet")
 			v.story, _ = cmd.Flags().GetBool("story")
 			for _, f := range files {
@@ -49,6 +66,7 @@ One line for each bundle says what it proves or why it is refused. Exit code 1 i
 		},
 	}
 	cmd.Flags().StringP("policy", "p", "", "policy file of the log (required)")
+	cmd.Flags().StringArray("revocation", nil, "file with revocations or a seal to heed (may be given several times)")
 	cmd.Flags().BoolP("quiet", "q", false, "only say what is refused, and the sum")
 	cmd.Flags().Bool("story", false, "tell each receipt in words")
 	return cmd
@@ -60,6 +78,80 @@ type verification struct {
 	quiet, story bool
 	ok, refused  int
 	results      []verifyResult
+	revocations  []verifyRevocation
+}
+
+// verifyRevocation is one that was heeded.
+type verifyRevocation struct {
+	File   string `json:"file"`
+	Origin string `json:"origin"`
+	Key    string `json:"key,omitempty"` // of a daily key; empty: the log is sealed
+	Size   uint64 `json:"size"`
+	Time   string `json:"time"`
+	Reason string `json:"reason,omitempty"`
+}
+
+// revoke has p heed every revocation and seal of a file.
+func (v *verification) revoke(p *receipt.Policy, path string) error {
+	raw, err := readNotes(path)
+	if err != nil {
+		return err
+	}
+	notes := splitNotes(raw)
+	if len(notes) == 0 {
+		notes = [][]byte{nil}
+	}
+	for _, n := range notes {
+		if !bytes.HasPrefix(n, []byte(receipt.RevocationPrefix)) && !bytes.HasPrefix(n, []byte(receipt.SealPrefix)) {
+			return fmt.Errorf("%s: neither a revocation nor a seal: 'knhk keys revoke --out FILE' writes one", path)
+		}
+		if err := p.Revoke(n); err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+		if s, err := receipt.ParseSeal(n); err == nil {
+			v.revocations = append(v.revocations, verifyRevocation{path, s.Origin, "", s.Size, s.Time.Format(time.RFC3339Nano), s.Reason})
+		} else if r, err := receipt.ParseRevocation(n); err == nil {
+			v.revocations = append(v.revocations, verifyRevocation{path, r.Origin, r.Key, r.Size, r.Time.Format(time.RFC3339Nano), r.Reason})
+		}
+	}
+	return nil
+}
+
+// maxNotes bounds a file of revocations.
+const maxNotes = 1 << 20
+
+func readNotes(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	raw, err := io.ReadAll(io.LimitReader(f, maxNotes+1))
+	if err == nil && len(raw) > maxNotes {
+		err = fmt.Errorf("%s: more than %d bytes: too long for revocations", path, maxNotes)
+	}
+	return raw, err
+}
+
+// splitNotes takes apart what stands one after the other: each note begins with the line that says what it is. What stands before
+// the first is a note of its own, which nobody will take.
+func splitNotes(raw []byte) (notes [][]byte) {
+	start := 0
+	for at := 0; at < len(raw); {
+		rest := raw[at:]
+		if at > start && (bytes.HasPrefix(rest, []byte(receipt.RevocationPrefix)) || bytes.HasPrefix(rest, []byte(receipt.SealPrefix))) {
+			notes, start = append(notes, raw[start:at]), at
+		}
+		end := bytes.IndexByte(rest, '\n')
+		if end < 0 {
+			break
+		}
+		at += end + 1
+	}
+	if start < len(raw) {
+		notes = append(notes, raw[start:])
+	}
+	return notes
 }
 
 type verifyResult struct {
@@ -70,6 +162,9 @@ type verifyResult struct {
 	Verdict string `json:"verdict,omitempty"`
 	Result  string `json:"result,omitempty"`
 	Size    uint64 `json:"checkpoint_size,omitempty"`
+	Daily   string `json:"daily_vkey,omitempty"` // the key that signed the checkpoint
+	Pins    int    `json:"pins,omitempty"`       // revocations that the checkpoint is consistent with
+	Sealed  bool   `json:"sealed,omitempty"`     // it is the last checkpoint of a sealed log
 	Error   string `json:"error,omitempty"`
 }
 
@@ -110,6 +205,7 @@ func (v *verification) file(path string) {
 			r.Error = err.Error()
 		} else {
 			r.OK, r.ID, r.Verdict, r.Result, r.Size = true, ok.Decision.ID, ok.Decision.Verdict, "pending", ok.Size
+			r.Daily, r.Pins, r.Sealed = ok.Keys[0].Key, len(ok.Pins), ok.Seal != nil
 			if n := len(ok.Outcomes); n > 0 {
 				r.Result = ok.Outcomes[n-1].Result
 			}
@@ -136,13 +232,22 @@ func (v *verification) add(r verifyResult, ok *receipt.Verified) {
 			fmt.Fprintln(out, line)
 		}
 	case !v.quiet:
-		fmt.Fprintf(out, "ok %s: %s, %s, under a signed log of %d leaves\n", r.ID, r.Verdict, r.Result, r.Size)
+		more := ""
+		switch {
+		case r.Pins == 1:
+			more = ", consistent with 1 revocation"
+		case r.Pins > 1:
+			more = fmt.Sprintf(", consistent with %d revocations", r.Pins)
+		}
+		fmt.Fprintf(out, "ok %s: %s, %s, under a signed log of %d leaves%s\n", r.ID, r.Verdict, r.Result, r.Size, more)
 	}
 }
 
 func (v *verification) finish() error {
 	if wantJSON(v.cmd) {
-		if err := printJSON(v.cmd, map[string]any{"ok": v.ok, "refused": v.refused, "bundles": v.results}); err != nil {
+		if err := printJSON(v.cmd, map[string]any{
+			"ok": v.ok, "refused": v.refused, "bundles": v.results, "revocations": append([]verifyRevocation{}, v.revocations...),
+		}); err != nil {
 			return err
 		}
 	} else if v.quiet || v.ok+v.refused > 1 {
@@ -168,7 +273,7 @@ Exit code 1 if anything is wrong; every problem is named.`,
 		RunE: func(cmd *cobra.Command, a []string) error {
 			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelError}))
 			r, err := receiptlog.Fsck(cmd.Context(), a[0], log, progress(cmd, "checking"))
-			if errors.Is(err, syscall.EWOULDBLOCK) {
+			if errors.Is(err, receiptlog.ErrInUse) {
 				return fmt.Errorf("audit %s: a running knhk owns it: stop that one, or audit a copy", a[0])
 			}
 			if err != nil {

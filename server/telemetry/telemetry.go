@@ -6,10 +6,12 @@
 package telemetry
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -21,6 +23,7 @@ import (
 	sdk "go.opentelemetry.io/otel/sdk/metric"
 
 	names "github.com/knhk/sidecar/api/telemetry"
+	"github.com/knhk/sidecar/crypto/keys"
 	"github.com/knhk/sidecar/policy"
 	"github.com/knhk/sidecar/region/receiptlog"
 )
@@ -28,6 +31,11 @@ import (
 // durationBuckets are in seconds; most decisions take well under a millisecond.
 var durationBuckets = []float64{
 	25e-6, 50e-6, 100e-6, 200e-6, 400e-6, 700e-6, 1e-3, 1.5e-3, 2e-3, 3e-3, 5e-3, 10e-3, 20e-3, 50e-3, 100e-3, 200e-3, 500e-3, 1,
+}
+
+// signBuckets are in seconds: from a token on the bus to a service that is given up on.
+var signBuckets = []float64{
+	100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 20e-3, 50e-3, 100e-3, 200e-3, 500e-3, 1, 2, 5,
 }
 
 // Metrics records. Safe for concurrent use.
@@ -41,9 +49,18 @@ type Metrics struct {
 	unreceipted, gaps, streams, reloads *counter[string]
 	alsEnded, unheard                   *counter[struct{}]
 	alsOpen                             metric.Int64UpDownCounter
-	duration                            metric.Float64Histogram
+	duration, signing                   metric.Float64Histogram
+	keyFailures                         *counter[keyFailure]
 
 	byClass [4][]metric.RecordOption
+	byRole  sync.Map // role -> []metric.RecordOption
+}
+
+// keyFailure is what a key store failed at: from closed sets.
+type keyFailure struct {
+	role string
+	op   keys.Op
+	kind keys.FailureKind
 }
 
 type decisionKey struct {
@@ -68,7 +85,7 @@ func New() (*Metrics, error) {
 	m := &Metrics{provider: sdk.NewMeterProvider(sdk.WithReader(exp))}
 	m.handler = promhttp.HandlerFor(reg, promhttp.HandlerOpts{})
 	m.meter = m.provider.Meter("github.com/knhk/sidecar")
-	var errs [8]error
+	var errs [9]error
 	m.decisions, errs[0] = newCounter(m.meter, names.Decisions, "{decision}", "Verdicts given.", func(k decisionKey) []attribute.KeyValue {
 		return []attribute.KeyValue{attribute.String(names.AttrClass, k.class.String()), attribute.String(names.AttrVerdict, k.verdict.String()),
 			attribute.String(names.AttrReason, string(k.reason))}
@@ -86,6 +103,10 @@ func New() (*Metrics, error) {
 	m.alsEnded, errs[5] = newCounter(m.meter, names.AccessLogEnded, "{stream}", "Access log streams that ended.", none)
 	m.unheard, errs[7] = newCounter(m.meter, names.AccessLogUnheard, "{interval}", "Intervals in which an access log was not heard.", none)
 	m.reloads, errs[6] = newCounter(m.meter, names.Reloads, "{reload}", "Configuration reloads.", one(names.AttrResult))
+	m.keyFailures, errs[8] = newCounter(m.meter, names.KeyFailures, "{failure}", "Calls of the key stores that failed.", func(k keyFailure) []attribute.KeyValue {
+		return []attribute.KeyValue{attribute.String(names.AttrRole, k.role), attribute.String(names.AttrOp, string(k.op)),
+			attribute.String(names.AttrKind, string(k.kind))}
+	})
 	err = errors.Join(errs[:]...)
 	if err == nil {
 		m.alsOpen, err = m.meter.Int64UpDownCounter(names.AccessLogStreams, metric.WithUnit("{stream}"),
@@ -94,6 +115,10 @@ func New() (*Metrics, error) {
 	if err == nil {
 		m.duration, err = m.meter.Float64Histogram(names.DecisionDuration, metric.WithUnit("s"),
 			metric.WithDescription("From the request phase to the answer."), metric.WithExplicitBucketBoundaries(durationBuckets...))
+	}
+	if err == nil {
+		m.signing, err = m.meter.Float64Histogram(names.SignDuration, metric.WithUnit("s"),
+			metric.WithDescription("Signatures, waiting for the key store included."), metric.WithExplicitBucketBoundaries(signBuckets...))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("make metrics: %w", err)
@@ -142,6 +167,44 @@ func (m *Metrics) AccessLog(delta int64) {
 // Unheard counts an interval in which the access log of an Envoy worker was not heard here.
 func (m *Metrics) Unheard() { m.unheard.add(struct{}{}) }
 
+// KeyStore measures one call of a key store; role is "identity" or "daily", failure empty for a call that did not fail.
+func (m *Metrics) KeyStore(role string, op keys.Op, failure keys.FailureKind, took time.Duration) {
+	if failure != "" {
+		m.keyFailures.add(keyFailure{role, op, failure})
+		return
+	}
+	if op != keys.OpSign {
+		return
+	}
+	opt, ok := m.byRole.Load(role)
+	if !ok {
+		opt, _ = m.byRole.LoadOrStore(role, []metric.RecordOption{metric.WithAttributeSet(attribute.NewSet(attribute.String(names.AttrRole, role)))})
+	}
+	m.signing.Record(context.Background(), took.Seconds(), opt.([]metric.RecordOption)...)
+}
+
+// observeKeys exports the changes of the daily key: by why the one before ended, "first" for the first key of a log, and "failed" for
+// attempts that came to nothing and are made again.
+func (m *Metrics) observeKeys(l *receiptlog.Log) error {
+	_, err := m.meter.Int64ObservableCounter(names.KeyChanges, metric.WithUnit("{change}"), metric.WithDescription("Changes of the daily key."),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			info := l.Keys()
+			var failed uint64
+			for _, n := range info.Failures {
+				failed += n
+			}
+			o.Observe(int64(failed), metric.WithAttributes(attribute.String(names.AttrResult, "failed")))
+			for ended, n := range info.Changes {
+				o.Observe(int64(n), metric.WithAttributes(attribute.String(names.AttrResult, cmp.Or(ended, "first"))))
+			}
+			return nil
+		}))
+	if err != nil {
+		return fmt.Errorf("make metric %s: %w", names.KeyChanges, err)
+	}
+	return nil
+}
+
 // ObserveLog exports the state of the receipt log whenever metrics are read.
 func (m *Metrics) ObserveLog(l *receiptlog.Log) error {
 	type gauge struct {
@@ -166,7 +229,11 @@ func (m *Metrics) ObserveLog(l *receiptlog.Log) error {
 		{names.OutcomesUnknown, "{outcome}", "Outcomes recorded as unknown.", func(s receiptlog.Stats) float64 { return float64(s.UnknownOutcomes) }, true},
 		{names.WALBytes, "By", "Write-ahead log in use.", func(s receiptlog.Stats) float64 { return float64(s.WALBytes) }, false},
 		{names.WALSyncs, "{sync}", "Syncs of the write-ahead log.", func(s receiptlog.Stats) float64 { return float64(s.WALSyncs) }, true},
-		{names.DailyKeyLeft, "s", "Until the daily key refuses to sign.", func(s receiptlog.Stats) float64 { return s.DailyLeft.Seconds() }, false},
+		{names.DailyKeyLeft, "s", "Until the daily key refuses to sign.", func(receiptlog.Stats) float64 { return l.Keys().Left.Seconds() }, false},
+		{names.DailyKeyAge, "s", "Since the daily key in force came in.", func(receiptlog.Stats) float64 { return l.Keys().Age.Seconds() }, false},
+	}
+	if err := m.observeKeys(l); err != nil {
+		return err
 	}
 	var all []metric.Observable
 	obs := make([]metric.Float64Observable, len(gauges))

@@ -124,6 +124,8 @@ func documents(b *receipt.Bundle, policy []byte) ([]*document, error) {
 		add(fmt.Sprint("key ", i, " proof"), b.Keys[i].Text, proofSpans(b.Keys[i].Text),
 			edit(func(b *receipt.Bundle, text []byte) { b.Keys[i].Text = text }))
 	}
+	add("tail", b.Tail.Leaf, leafSpans(b.Tail.Leaf), edit(func(b *receipt.Bundle, text []byte) { b.Tail.Leaf = text }))
+	add("tail proof", b.Tail.Text, proofSpans(b.Tail.Text), edit(func(b *receipt.Bundle, text []byte) { b.Tail.Text = text }))
 	if b.Evidence != nil {
 		text := receipt.AppendEvidence(nil, b.Evidence)
 		add("evidence", text, jsonSpans(text), func(good *receipt.Bundle, text []byte) *receipt.Bundle {
@@ -144,6 +146,8 @@ func documents(b *receipt.Bundle, policy []byte) ([]*document, error) {
 				proofs[i].Text = append(slices.Clip(proofs[i].Text[:at]), text...)
 			}
 		}
+		at := bytes.Index(b.Tail.Text, []byte("\n\n")) + 2
+		b.Tail.Text = append(slices.Clip(b.Tail.Text[:at]), text...)
 	}))
 	if policy != nil {
 		spans := lineSpans(policy)
@@ -292,12 +296,25 @@ func samePolicy(a, b []byte) bool {
 	return true
 }
 
-// less reports whether b is good with honest parts left out at the end.
+// less reports whether b is good with honest parts left out at the end, or any of the pins, which no policy of a Forger asks for.
 func less(b, good *receipt.Bundle) bool {
 	return len(b.Records) <= len(good.Records) && reflect.DeepEqual(b.Records, good.Records[:len(b.Records)]) &&
 		len(b.Headers) <= len(good.Headers) && reflect.DeepEqual(b.Headers, good.Headers[:len(b.Headers)]) &&
 		len(b.Keys) <= len(good.Keys) && reflect.DeepEqual(b.Keys, good.Keys[:len(b.Keys)]) &&
+		reflect.DeepEqual(b.Tail, good.Tail) && subset(b.Pins, good.Pins) &&
 		(b.Evidence == nil || reflect.DeepEqual(b.Evidence, good.Evidence))
+}
+
+// subset reports whether pins are some of all, in their order.
+func subset(pins, all []receipt.PinProof) bool {
+	for _, p := range pins {
+		at := slices.IndexFunc(all, func(q receipt.PinProof) bool { return reflect.DeepEqual(p, q) })
+		if at < 0 {
+			return false
+		}
+		all = all[at+1:]
+	}
+	return true
 }
 
 // change returns the field's document with the field changed; by chance it may be as it was.

@@ -1,7 +1,7 @@
 // Package receipttest is a transparency log in memory that makes valid bundles, for tests of whatever reads or carries
 // them. It stores nothing, is deterministic (keys come from fixed seeds: they protect nothing) and is not safe for
-// concurrent use. What it builds is what package receipt's Verify accepts; its fields and low-level methods let a test
-// build what Verify must refuse, signed properly all the same.
+// concurrent use. What it builds is what package receipt's Verify and KeyAudit accept; its fields and low-level methods let a
+// test build what they must refuse, signed properly all the same.
 package receipttest
 
 import (
@@ -10,6 +10,9 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"fmt"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -95,6 +98,9 @@ type Log struct {
 	Prev        receipt.Hash
 	Blocks      []*Block
 	Leaves      [][]byte // the log's
+	// Pins go into every bundle; Revoke and SealLog add theirs, and their notes to Revocations.
+	Pins        []receipt.Pin
+	Revocations [][]byte
 
 	hashes []tlog.Hash
 }
@@ -103,15 +109,28 @@ type Log struct {
 // open header of instance "a".
 func New(tb testing.TB, origin string) *Log {
 	tb.Helper()
+	return open(tb, origin, NewKey(tb, origin, origin+" identity"), nil)
+}
+
+// NewSuccessor is New with another identity key, of a log whose first statement quotes old, which is sealed.
+func NewSuccessor(tb testing.TB, origin string, identity Key, old *Log) *Log {
+	tb.Helper()
+	return open(tb, origin, identity, old.Quote(tb))
+}
+
+func open(tb testing.TB, origin string, identity Key, succeeds *receipt.Quote) *Log {
+	tb.Helper()
 	l := &Log{
 		Origin:      origin,
 		Instance:    "a",
 		LogID:       half(origin, "log"),
 		Incarnation: half(origin, "incarnation 0"),
-		Identity:    NewKey(tb, origin, origin+" identity"),
+		Identity:    identity,
 		Now:         time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC),
 	}
-	l.Rotate(tb)
+	ks := l.NextStatement(tb)
+	ks.Succeeds = succeeds
+	l.RotateTo(tb, NewKey(tb, origin, fmt.Sprint(origin, " daily ", 0)), ks)
 	l.SealHeader(tb, l.NextHeader(receipt.HeaderOpen))
 	return l
 }
@@ -125,31 +144,132 @@ func half(parts ...string) (out [16]byte) {
 // Rotate brings in the next daily key, signed by the identity key and the one before.
 func (l *Log) Rotate(tb testing.TB) {
 	tb.Helper()
-	ks := &receipt.KeyStatement{
-		Origin:    l.Origin,
-		NotBefore: l.Now,
-		NotAfter:  l.Now.Add(receipt.MaxKeyAge),
-		FirstSize: uint64(len(l.Leaves)),
-		FirstRoot: l.Root(tb, len(l.Leaves)),
+	ended := ""
+	if len(l.Daily) > 0 {
+		ended = receipt.EndedRotated
 	}
+	l.RotateAs(tb, ended)
+}
+
+// RotateAs is Rotate with a reason why the key before has ended. The new key begins a millisecond later.
+func (l *Log) RotateAs(tb testing.TB, ended string) {
+	tb.Helper()
+	ks := l.NextStatement(tb)
+	ks.Ended = ended
 	l.RotateTo(tb, NewKey(tb, l.Origin, fmt.Sprint(l.Origin, " daily ", len(l.Daily))), ks)
 }
 
-// RotateTo is Rotate to a given key by a given statement, whose Key and Predecessor are filled in.
+// NextStatement is the statement that would come next, without its keys.
+func (l *Log) NextStatement(tb testing.TB) *receipt.KeyStatement {
+	tb.Helper()
+	at := l.tick()
+	return &receipt.KeyStatement{
+		Origin: l.Origin, NotBefore: at, NotAfter: at.Add(receipt.MaxKeyAge),
+		FirstSize: uint64(len(l.Leaves)), FirstRoot: l.Root(tb, len(l.Leaves)),
+	}
+}
+
+// RotateTo is Rotate to a given key by a given statement, whose Key and Predecessor are filled in, and Ended when it is empty.
 func (l *Log) RotateTo(tb testing.TB, daily Key, ks *receipt.KeyStatement) {
 	tb.Helper()
 	ks.Key = daily.VKey
 	var before note.Signer
 	if n := len(l.Daily); n > 0 {
-		before, ks.Predecessor = l.Daily[n-1], l.Daily[n-1].VKey
+		ks.Predecessor = l.Daily[n-1].VKey
+		if ks.Ended == "" {
+			ks.Ended = receipt.EndedRotated
+		}
+		if ks.Ended == receipt.EndedRotated {
+			before = l.Daily[n-1]
+		}
 	}
 	leaf, err := receipt.SignKeyStatement(ks, l.Identity, before)
 	if err != nil {
 		tb.Fatal(err)
 	}
+	l.AppendStatement(tb, daily, leaf)
+}
+
+// AppendStatement puts a statement of the caller's into the log, from where on daily is in force.
+func (l *Log) AppendStatement(tb testing.TB, daily Key, leaf []byte) {
+	tb.Helper()
 	l.Daily = append(l.Daily, daily)
 	l.Statements = append(l.Statements, l.Append(tb, leaf))
 }
+
+// Revoke ends the key in force as revoked and returns the revocation.
+func (l *Log) Revoke(tb testing.TB, reason string) []byte {
+	tb.Helper()
+	pin := receipt.Pin{Size: uint64(len(l.Leaves)), Root: l.Root(tb, len(l.Leaves))}
+	key := l.Daily[len(l.Daily)-1].VKey
+	l.RotateAs(tb, receipt.EndedRevoked)
+	signed, err := receipt.SignRevocation(&receipt.Revocation{
+		Origin: l.Origin, Key: key, Size: pin.Size, Root: pin.Root, Time: l.Now, Reason: reason,
+	}, l.Identity)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	l.Pins = append(l.Pins, pin)
+	l.Revocations = append(l.Revocations, signed)
+	return signed
+}
+
+// SealLog puts a seal at the end of the log, signed by identity key and daily key, and returns the leaf.
+func (l *Log) SealLog(tb testing.TB, reason string) []byte {
+	tb.Helper()
+	pin := receipt.Pin{Size: uint64(len(l.Leaves)), Root: l.Root(tb, len(l.Leaves))}
+	leaf, err := receipt.SignSeal(&receipt.Seal{
+		Origin: l.Origin, Key: uint64(l.Statements[len(l.Statements)-1]), Size: pin.Size, Root: pin.Root, Time: l.tick(), Reason: reason,
+	}, l.Identity, l.Daily[len(l.Daily)-1])
+	if err != nil {
+		tb.Fatal(err)
+	}
+	l.Append(tb, leaf)
+	l.Pins = append(l.Pins, pin)
+	l.Revocations = append(l.Revocations, leaf)
+	return leaf
+}
+
+// Quote is how a successor quotes the log, which ends in a seal.
+func (l *Log) Quote(tb testing.TB) *receipt.Quote {
+	tb.Helper()
+	n := len(l.Leaves) - 1
+	return &receipt.Quote{Origin: l.Origin, Identity: l.Identity.VKey, Size: uint64(n), Root: l.Root(tb, n)}
+}
+
+// Fork returns a log that begins with the first size leaves of l and goes on by itself: with the daily key in force there, the
+// clock where it is, and the same next ordinal and sequence number. Nothing of l changes with it.
+func (l *Log) Fork(tb testing.TB, size int) *Log {
+	tb.Helper()
+	f := *l
+	f.Leaves, f.hashes = nil, nil
+	for _, leaf := range l.Leaves[:size] {
+		f.Append(tb, leaf)
+	}
+	n := min(l.key(size)+1, size)
+	f.Daily, f.Statements = slices.Clone(l.Daily[:n]), slices.Clone(l.Statements[:n])
+	f.Blocks = nil
+	for _, b := range l.Blocks {
+		if b.Index < size {
+			f.Blocks = append(f.Blocks, b)
+		}
+	}
+	f.Witnesses, f.Pins, f.Revocations = slices.Clone(l.Witnesses), slices.Clone(l.Pins), slices.Clone(l.Revocations)
+	return &f
+}
+
+// key is the position in Daily of the key in force for a tree of size leaves.
+func (l *Log) key(size int) int {
+	for n := len(l.Statements) - 1; n > 0; n-- {
+		if l.Statements[n] < size {
+			return n
+		}
+	}
+	return 0
+}
+
+// KeyFor returns the daily key in force for a tree of size leaves.
+func (l *Log) KeyFor(size int) Key { return l.Daily[l.key(size)] }
 
 // Append adds a leaf to the log and returns its index.
 func (l *Log) Append(tb testing.TB, leaf []byte) int {
@@ -226,7 +346,7 @@ func (l *Log) NewOutcome(d *receipt.Decision) *receipt.Outcome {
 func (l *Log) NextHeader(kind string) receipt.Header {
 	return receipt.Header{
 		Origin: l.Origin, LogID: l.LogID, Instance: l.Instance, Incarnation: l.Incarnation, Seq: l.Seq, Kind: kind,
-		Prev: l.Prev, Time: l.tick(), Root: receipt.EmptyRoot,
+		Key: uint64(l.Statements[len(l.Statements)-1]), Prev: l.Prev, Time: l.tick(), Root: receipt.EmptyRoot,
 	}
 }
 
@@ -259,17 +379,29 @@ func (l *Log) SealHeader(tb testing.TB, h receipt.Header, leaves ...[]byte) *Blo
 // Checkpoint returns the checkpoint of the whole log, signed by the identity key, the daily key in force and the witnesses.
 func (l *Log) Checkpoint(tb testing.TB) []byte {
 	tb.Helper()
-	signers := []note.Signer{l.Identity, l.Daily[len(l.Daily)-1]}
+	return l.CheckpointAt(tb, len(l.Leaves))
+}
+
+// CheckpointAt is Checkpoint of the first size leaves.
+func (l *Log) CheckpointAt(tb testing.TB, size int) []byte {
+	tb.Helper()
+	signers := []note.Signer{l.Identity, l.KeyFor(size)}
 	for _, w := range l.Witnesses {
 		signers = append(signers, w)
 	}
-	return l.SignCheckpoint(tb, signers...)
+	return l.SignCheckpointAt(tb, size, signers...)
 }
 
 // SignCheckpoint returns the checkpoint of the whole log under the given signers.
 func (l *Log) SignCheckpoint(tb testing.TB, signers ...note.Signer) []byte {
 	tb.Helper()
-	c := torchwood.Checkpoint{Origin: l.Origin, Tree: tlog.Tree{N: int64(len(l.Leaves)), Hash: tlog.Hash(l.Root(tb, len(l.Leaves)))}}
+	return l.SignCheckpointAt(tb, len(l.Leaves), signers...)
+}
+
+// SignCheckpointAt is SignCheckpoint of the first size leaves.
+func (l *Log) SignCheckpointAt(tb testing.TB, size int, signers ...note.Signer) []byte {
+	tb.Helper()
+	c := torchwood.Checkpoint{Origin: l.Origin, Tree: tlog.Tree{N: int64(size), Hash: tlog.Hash(l.Root(tb, size))}}
 	signed, err := note.Sign(&note.Note{Text: c.String()}, signers...)
 	if err != nil {
 		tb.Fatal(err)
@@ -277,14 +409,44 @@ func (l *Log) SignCheckpoint(tb testing.TB, signers ...note.Signer) []byte {
 	return signed
 }
 
-// Proof returns the leaf at index with its proof below checkpoint, which is one of the whole log.
+// Proof returns the leaf at index with its proof below checkpoint, which is one of the log at any size.
 func (l *Log) Proof(tb testing.TB, index int, checkpoint []byte) receipt.Proof {
 	tb.Helper()
-	path, err := tlog.ProveRecord(int64(len(l.Leaves)), int64(index), l)
+	path, err := tlog.ProveRecord(int64(sizeOf(tb, checkpoint)), int64(index), l)
 	if err != nil {
 		tb.Fatal(err)
 	}
 	return receipt.Proof{Leaf: l.Leaves[index], Text: torchwood.FormatProof(int64(index), path, checkpoint)}
+}
+
+// sizeOf is the size that a checkpoint states.
+func sizeOf(tb testing.TB, checkpoint []byte) int {
+	tb.Helper()
+	lines := strings.SplitN(string(checkpoint), "\n", 3)
+	if len(lines) < 3 {
+		tb.Fatalf("no checkpoint: %q", checkpoint)
+	}
+	size, err := strconv.Atoi(lines[1])
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return size
+}
+
+// Prove returns the proofs for all Pins below a tree of size leaves, as far as the log has the leaves.
+func (l *Log) Prove(tb testing.TB, size int) (pins []receipt.PinProof) {
+	tb.Helper()
+	for _, pin := range l.Pins {
+		if pin.Size > uint64(len(l.Leaves)) {
+			continue
+		}
+		proof, err := receipt.ProvePin(pin, uint64(size), l)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		pins = append(pins, proof)
+	}
+	return pins
 }
 
 // Place is where a record was sealed.
@@ -293,13 +455,15 @@ type Place struct {
 	Index int
 }
 
-// Bundle makes a bundle of the records at places under checkpoint (nil: a new one of the whole log), with the statement of
-// the daily key in force and those of its predecessors up to chain statements.
+// Bundle makes a bundle of the records at places under checkpoint (nil: a new one of the whole log), which is one of the log at
+// any size that covers them, with the statement of the daily key in force for it and those of its predecessors up to chain
+// statements.
 func (l *Log) Bundle(tb testing.TB, checkpoint []byte, chain int, places ...Place) *receipt.Bundle {
 	tb.Helper()
 	if checkpoint == nil {
 		checkpoint = l.Checkpoint(tb)
 	}
+	size := sizeOf(tb, checkpoint)
 	b := new(receipt.Bundle)
 	at := map[*Block]int{}
 	for _, p := range places {
@@ -314,14 +478,17 @@ func (l *Log) Bundle(tb testing.TB, checkpoint []byte, chain int, places ...Plac
 			Path: p.Block.Tree.Path(p.Index),
 		})
 	}
-	for i := len(l.Statements) - 1; i >= 0 && len(b.Keys) < chain; i-- {
+	for i := l.key(size); i >= 0 && len(b.Keys) < chain; i-- {
 		b.Keys = append(b.Keys, l.Proof(tb, l.Statements[i], checkpoint))
 	}
+	b.Tail = l.Proof(tb, size-1, checkpoint)
+	b.Pins = l.Prove(tb, size)
 	return b
 }
 
 // Sample makes a log with records of several requests in blocks of several sizes, two daily keys and heartbeats, and
-// returns a bundle of one request whose decision and outcome stand in different blocks, with evidence.
+// returns a bundle of one request whose decision and outcome stand in different blocks, with evidence and a pin, of the tree
+// before the second daily key.
 func Sample(tb testing.TB, origin string) (*Log, *receipt.Bundle) {
 	tb.Helper()
 	l := New(tb, origin)
@@ -330,6 +497,7 @@ func Sample(tb testing.TB, origin string) (*Log, *receipt.Bundle) {
 		return receipt.AppendDecision(nil, d)
 	}
 	l.Seal(tb, other())
+	l.Pins = append(l.Pins, receipt.Pin{Size: uint64(len(l.Leaves)), Root: l.Root(tb, len(l.Leaves))})
 	l.Rotate(tb)
 	l.SealHeader(tb, l.NextHeader(receipt.HeaderHeartbeat))
 	leaves := [][]byte{other(), other()}

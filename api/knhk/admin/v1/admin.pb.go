@@ -613,10 +613,10 @@ type StatusResponse struct {
 	IdentityVkey string `protobuf:"bytes,2,opt,name=identity_vkey,json=identityVkey,proto3" json:"identity_vkey,omitempty"`
 	// Verifier key of the daily key.
 	DailyVkey string `protobuf:"bytes,3,opt,name=daily_vkey,json=dailyVkey,proto3" json:"daily_vkey,omitempty"`
-	// When the daily key stops signing, Unix nanoseconds.
+	// When the daily key stops signing, Unix nanoseconds; 0 when none is in force.
 	DailyExpiresUnixNs int64 `protobuf:"varint,4,opt,name=daily_expires_unix_ns,json=dailyExpiresUnixNs,proto3" json:"daily_expires_unix_ns,omitempty"`
-	// Where the keys live: "software keys, development only" or the token's label.
-	KeyCustody string `protobuf:"bytes,5,opt,name=key_custody,json=keyCustody,proto3" json:"key_custody,omitempty"`
+	// Where the identity key lives: "software keys, development only" or the token's label; empty for a sealed log.
+	IdentityCustody string `protobuf:"bytes,5,opt,name=identity_custody,json=identityCustody,proto3" json:"identity_custody,omitempty"`
 	// Decisions recorded since start.
 	Decisions uint64 `protobuf:"varint,6,opt,name=decisions,proto3" json:"decisions,omitempty"`
 	// Decisions that wait for their outcome.
@@ -630,7 +630,11 @@ type StatusResponse struct {
 	// Why the log refuses new decisions; empty when it takes them.
 	Refusing string `protobuf:"bytes,11,opt,name=refusing,proto3" json:"refusing,omitempty"`
 	// The latest signed checkpoint.
-	Checkpoint    string `protobuf:"bytes,12,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	Checkpoint string `protobuf:"bytes,12,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	// Where the daily keys live; empty for a sealed log.
+	DailyCustody string `protobuf:"bytes,13,opt,name=daily_custody,json=dailyCustody,proto3" json:"daily_custody,omitempty"`
+	// The log has ended: its identity key was compromised.
+	Sealed        bool `protobuf:"varint,14,opt,name=sealed,proto3" json:"sealed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -693,9 +697,9 @@ func (x *StatusResponse) GetDailyExpiresUnixNs() int64 {
 	return 0
 }
 
-func (x *StatusResponse) GetKeyCustody() string {
+func (x *StatusResponse) GetIdentityCustody() string {
 	if x != nil {
-		return x.KeyCustody
+		return x.IdentityCustody
 	}
 	return ""
 }
@@ -749,6 +753,20 @@ func (x *StatusResponse) GetCheckpoint() string {
 	return ""
 }
 
+func (x *StatusResponse) GetDailyCustody() string {
+	if x != nil {
+		return x.DailyCustody
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetSealed() bool {
+	if x != nil {
+		return x.Sealed
+	}
+	return false
+}
+
 var File_knhk_admin_v1_admin_proto protoreflect.FileDescriptor
 
 const file_knhk_admin_v1_admin_proto_rawDesc = "" +
@@ -786,15 +804,14 @@ const file_knhk_admin_v1_admin_proto_rawDesc = "" +
 	"\vTailRequest\"@\n" +
 	"\fTailResponse\x120\n" +
 	"\areceipt\x18\x01 \x01(\v2\x16.knhk.admin.v1.ReceiptR\areceipt\"\x0f\n" +
-	"\rStatusRequest\"\xa7\x03\n" +
+	"\rStatusRequest\"\xee\x03\n" +
 	"\x0eStatusResponse\x12\x16\n" +
 	"\x06origin\x18\x01 \x01(\tR\x06origin\x12#\n" +
 	"\ridentity_vkey\x18\x02 \x01(\tR\fidentityVkey\x12\x1d\n" +
 	"\n" +
 	"daily_vkey\x18\x03 \x01(\tR\tdailyVkey\x121\n" +
-	"\x15daily_expires_unix_ns\x18\x04 \x01(\x03R\x12dailyExpiresUnixNs\x12\x1f\n" +
-	"\vkey_custody\x18\x05 \x01(\tR\n" +
-	"keyCustody\x12\x1c\n" +
+	"\x15daily_expires_unix_ns\x18\x04 \x01(\x03R\x12dailyExpiresUnixNs\x12)\n" +
+	"\x10identity_custody\x18\x05 \x01(\tR\x0fidentityCustody\x12\x1c\n" +
 	"\tdecisions\x18\x06 \x01(\x04R\tdecisions\x12)\n" +
 	"\x10pending_outcomes\x18\a \x01(\x04R\x0fpendingOutcomes\x12\x16\n" +
 	"\x06blocks\x18\b \x01(\x04R\x06blocks\x12'\n" +
@@ -805,7 +822,9 @@ const file_knhk_admin_v1_admin_proto_rawDesc = "" +
 	"\brefusing\x18\v \x01(\tR\brefusing\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\f \x01(\tR\n" +
-	"checkpoint2\xe2\x02\n" +
+	"checkpoint\x12#\n" +
+	"\rdaily_custody\x18\r \x01(\tR\fdailyCustody\x12\x16\n" +
+	"\x06sealed\x18\x0e \x01(\bR\x06sealed2\xe2\x02\n" +
 	"\x0eReceiptService\x12<\n" +
 	"\x03Get\x12\x19.knhk.admin.v1.GetRequest\x1a\x1a.knhk.admin.v1.GetResponse\x12?\n" +
 	"\x04List\x12\x1a.knhk.admin.v1.ListRequest\x1a\x1b.knhk.admin.v1.ListResponse\x12G\n" +

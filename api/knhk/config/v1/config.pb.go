@@ -270,7 +270,10 @@ type Config struct {
 	// Decide and record, but let everything pass. The record says what would have been decided.
 	DryRun bool `protobuf:"varint,12,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	// Draining on SIGTERM.
-	Shutdown      *Shutdown `protobuf:"bytes,13,opt,name=shutdown,proto3" json:"shutdown,omitempty"`
+	Shutdown *Shutdown `protobuf:"bytes,13,opt,name=shutdown,proto3" json:"shutdown,omitempty"`
+	// The sealed log that this one goes on for. For a new state_dir with a new identity key only; what it says stands in the first leaf of
+	// the new log for ever.
+	Succeeds      *Succeeds `protobuf:"bytes,14,opt,name=succeeds,proto3" json:"succeeds,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -396,6 +399,69 @@ func (x *Config) GetShutdown() *Shutdown {
 	return nil
 }
 
+func (x *Config) GetSucceeds() *Succeeds {
+	if x != nil {
+		return x.Succeeds
+	}
+	return nil
+}
+
+// Succeeds names a log that was sealed because its identity key was compromised. The new log's first leaf quotes it: whoever follows
+// the old log learns from its seal that it has ended, and from the quotation where it goes on. Both settings are required.
+type Succeeds struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// File with the last leaf of the old log, as `knhk keys revoke --identity --out FILE` writes it. Required.
+	Seal string `protobuf:"bytes,1,opt,name=seal,proto3" json:"seal,omitempty"`
+	// Policy file of the old log: the seal must verify under it. Whoever can change both files can have another log quoted. Required.
+	Policy        string `protobuf:"bytes,2,opt,name=policy,proto3" json:"policy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Succeeds) Reset() {
+	*x = Succeeds{}
+	mi := &file_knhk_config_v1_config_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Succeeds) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Succeeds) ProtoMessage() {}
+
+func (x *Succeeds) ProtoReflect() protoreflect.Message {
+	mi := &file_knhk_config_v1_config_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Succeeds.ProtoReflect.Descriptor instead.
+func (*Succeeds) Descriptor() ([]byte, []int) {
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Succeeds) GetSeal() string {
+	if x != nil {
+		return x.Seal
+	}
+	return ""
+}
+
+func (x *Succeeds) GetPolicy() string {
+	if x != nil {
+		return x.Policy
+	}
+	return ""
+}
+
 // Addresses are host:port or unix:/path. Without TLS only loopback addresses and unix sockets are accepted.
 type Listeners struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -411,7 +477,7 @@ type Listeners struct {
 
 func (x *Listeners) Reset() {
 	*x = Listeners{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[1]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -423,7 +489,7 @@ func (x *Listeners) String() string {
 func (*Listeners) ProtoMessage() {}
 
 func (x *Listeners) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[1]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -436,7 +502,7 @@ func (x *Listeners) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Listeners.ProtoReflect.Descriptor instead.
 func (*Listeners) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{1}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Listeners) GetEnvoy() string {
@@ -466,17 +532,21 @@ type Keys struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Identity key: fixed for the log, pinned by witnesses and policies. Ed25519, or foreign C2SP tools refuse it. Required.
 	Identity *Key `protobuf:"bytes,1,opt,name=identity,proto3" json:"identity,omitempty"`
-	// Daily key: a second line on every checkpoint, never older than daily_max_age. Required.
+	// Daily key: a second line on every checkpoint, never older than rotation_interval. Whoever has it and the identity key can sign
+	// another history; whoever has one of the two cannot. Required.
 	Daily *Key `protobuf:"bytes,2,opt,name=daily,proto3" json:"daily,omitempty"`
-	// Age after which the daily key refuses to sign. Default and upper limit 24h.
-	DailyMaxAge   *durationpb.Duration `protobuf:"bytes,3,opt,name=daily_max_age,json=dailyMaxAge,proto3" json:"daily_max_age,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Age after which the daily key refuses to sign. It is replaced at two thirds of it. Default and upper limit 24h.
+	RotationInterval *durationpb.Duration `protobuf:"bytes,3,opt,name=rotation_interval,json=rotationInterval,proto3" json:"rotation_interval,omitempty"`
+	// Take keys that their token would give away: extractable, or not sensitive. Who has the PIN can then take a copy of the key along,
+	// and nothing that is done to the token afterwards ends what that copy can sign. For keys that cannot be made anew in a token.
+	AllowExportable bool `protobuf:"varint,4,opt,name=allow_exportable,json=allowExportable,proto3" json:"allow_exportable,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Keys) Reset() {
 	*x = Keys{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[2]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -488,7 +558,7 @@ func (x *Keys) String() string {
 func (*Keys) ProtoMessage() {}
 
 func (x *Keys) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[2]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -501,7 +571,7 @@ func (x *Keys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Keys.ProtoReflect.Descriptor instead.
 func (*Keys) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{2}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Keys) GetIdentity() *Key {
@@ -518,11 +588,18 @@ func (x *Keys) GetDaily() *Key {
 	return nil
 }
 
-func (x *Keys) GetDailyMaxAge() *durationpb.Duration {
+func (x *Keys) GetRotationInterval() *durationpb.Duration {
 	if x != nil {
-		return x.DailyMaxAge
+		return x.RotationInterval
 	}
 	return nil
+}
+
+func (x *Keys) GetAllowExportable() bool {
+	if x != nil {
+		return x.AllowExportable
+	}
+	return false
 }
 
 // Key is one key and its algorithm.
@@ -538,7 +615,7 @@ type Key struct {
 
 func (x *Key) Reset() {
 	*x = Key{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[3]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -550,7 +627,7 @@ func (x *Key) String() string {
 func (*Key) ProtoMessage() {}
 
 func (x *Key) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[3]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -563,7 +640,7 @@ func (x *Key) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Key.ProtoReflect.Descriptor instead.
 func (*Key) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{3}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Key) GetUri() string {
@@ -602,7 +679,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[4]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -614,7 +691,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[4]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -627,7 +704,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{4}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Log) GetSealEvery() *durationpb.Duration {
@@ -687,7 +764,7 @@ type Beat struct {
 
 func (x *Beat) Reset() {
 	*x = Beat{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[5]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -699,7 +776,7 @@ func (x *Beat) String() string {
 func (*Beat) ProtoMessage() {}
 
 func (x *Beat) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[5]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -712,7 +789,7 @@ func (x *Beat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Beat.ProtoReflect.Descriptor instead.
 func (*Beat) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{5}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Beat) GetCycle() *durationpb.Duration {
@@ -752,7 +829,7 @@ type ClassBeat struct {
 
 func (x *ClassBeat) Reset() {
 	*x = ClassBeat{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[6]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -764,7 +841,7 @@ func (x *ClassBeat) String() string {
 func (*ClassBeat) ProtoMessage() {}
 
 func (x *ClassBeat) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[6]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -777,7 +854,7 @@ func (x *ClassBeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClassBeat.ProtoReflect.Descriptor instead.
 func (*ClassBeat) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{6}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ClassBeat) GetCapacity() uint32 {
@@ -817,7 +894,7 @@ type ClassRule struct {
 
 func (x *ClassRule) Reset() {
 	*x = ClassRule{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[7]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -829,7 +906,7 @@ func (x *ClassRule) String() string {
 func (*ClassRule) ProtoMessage() {}
 
 func (x *ClassRule) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[7]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -842,7 +919,7 @@ func (x *ClassRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClassRule.ProtoReflect.Descriptor instead.
 func (*ClassRule) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{7}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ClassRule) GetName() string {
@@ -886,7 +963,7 @@ type RoutePolicy struct {
 
 func (x *RoutePolicy) Reset() {
 	*x = RoutePolicy{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[8]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -898,7 +975,7 @@ func (x *RoutePolicy) String() string {
 func (*RoutePolicy) ProtoMessage() {}
 
 func (x *RoutePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[8]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -911,7 +988,7 @@ func (x *RoutePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoutePolicy.ProtoReflect.Descriptor instead.
 func (*RoutePolicy) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{8}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *RoutePolicy) GetClass() Class {
@@ -974,7 +1051,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[9]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -986,7 +1063,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[9]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -999,7 +1076,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{9}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Route) GetName() string {
@@ -1086,7 +1163,7 @@ type Envoy struct {
 
 func (x *Envoy) Reset() {
 	*x = Envoy{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[10]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1098,7 +1175,7 @@ func (x *Envoy) String() string {
 func (*Envoy) ProtoMessage() {}
 
 func (x *Envoy) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[10]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1111,7 +1188,7 @@ func (x *Envoy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Envoy.ProtoReflect.Descriptor instead.
 func (*Envoy) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{10}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Envoy) GetListener() string {
@@ -1190,7 +1267,7 @@ type Replica struct {
 
 func (x *Replica) Reset() {
 	*x = Replica{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[11]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1202,7 +1279,7 @@ func (x *Replica) String() string {
 func (*Replica) ProtoMessage() {}
 
 func (x *Replica) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[11]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1215,7 +1292,7 @@ func (x *Replica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Replica.ProtoReflect.Descriptor instead.
 func (*Replica) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{11}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Replica) GetInstance() string {
@@ -1247,7 +1324,7 @@ type Cluster struct {
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[12]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1259,7 +1336,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[12]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1272,7 +1349,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{12}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Cluster) GetName() string {
@@ -1309,7 +1386,7 @@ type Shutdown struct {
 
 func (x *Shutdown) Reset() {
 	*x = Shutdown{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[13]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1321,7 +1398,7 @@ func (x *Shutdown) String() string {
 func (*Shutdown) ProtoMessage() {}
 
 func (x *Shutdown) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[13]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1334,7 +1411,7 @@ func (x *Shutdown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Shutdown.ProtoReflect.Descriptor instead.
 func (*Shutdown) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{13}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Shutdown) GetAnnounce() *durationpb.Duration {
@@ -1355,7 +1432,7 @@ var File_knhk_config_v1_config_proto protoreflect.FileDescriptor
 
 const file_knhk_config_v1_config_proto_rawDesc = "" +
 	"\n" +
-	"\x1bknhk/config/v1/config.proto\x12\x0eknhk.config.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"\xd2\x05\n" +
+	"\x1bknhk/config/v1/config.proto\x12\x0eknhk.config.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"\x88\x06\n" +
 	"\x06Config\x12V\n" +
 	"\x06origin\x18\x01 \x01(\tB>\xbaH;r9\x10\x01\x18\xc8\x0122^[a-z0-9][a-z0-9.-]*(:[0-9]+)?(/[A-Za-z0-9._-]+)*$R\x06origin\x12G\n" +
 	"\binstance\x18\x02 \x01(\tB+\xbaH(r&2$^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$R\binstance\x12$\n" +
@@ -1371,15 +1448,20 @@ const file_knhk_config_v1_config_proto_rawDesc = "" +
 	" \x03(\v2\x15.knhk.config.v1.RouteB\t\xbaH\x06\x92\x01\x03\x10\x90NR\x06routes\x12+\n" +
 	"\x05envoy\x18\v \x01(\v2\x15.knhk.config.v1.EnvoyR\x05envoy\x12\x17\n" +
 	"\adry_run\x18\f \x01(\bR\x06dryRun\x124\n" +
-	"\bshutdown\x18\r \x01(\v2\x18.knhk.config.v1.ShutdownR\bshutdown\"_\n" +
+	"\bshutdown\x18\r \x01(\v2\x18.knhk.config.v1.ShutdownR\bshutdown\x124\n" +
+	"\bsucceeds\x18\x0e \x01(\v2\x18.knhk.config.v1.SucceedsR\bsucceeds\"H\n" +
+	"\bSucceeds\x12\x1b\n" +
+	"\x04seal\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04seal\x12\x1f\n" +
+	"\x06policy\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06policy\"_\n" +
 	"\tListeners\x12\x1d\n" +
 	"\x05envoy\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x05envoy\x12\x1d\n" +
 	"\x05admin\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x05admin\x12\x14\n" +
-	"\x05tiles\x18\x03 \x01(\tR\x05tiles\"\xc1\x01\n" +
+	"\x05tiles\x18\x03 \x01(\tR\x05tiles\"\xf5\x01\n" +
 	"\x04Keys\x127\n" +
 	"\bidentity\x18\x01 \x01(\v2\x13.knhk.config.v1.KeyB\x06\xbaH\x03\xc8\x01\x01R\bidentity\x121\n" +
-	"\x05daily\x18\x02 \x01(\v2\x13.knhk.config.v1.KeyB\x06\xbaH\x03\xc8\x01\x01R\x05daily\x12M\n" +
-	"\rdaily_max_age\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x04\b\x80\xa3\x05*\x00R\vdailyMaxAge\"c\n" +
+	"\x05daily\x18\x02 \x01(\v2\x13.knhk.config.v1.KeyB\x06\xbaH\x03\xc8\x01\x01R\x05daily\x12V\n" +
+	"\x11rotation_interval\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\x0e\xbaH\v\xaa\x01\b\"\x04\b\x80\xa3\x05*\x00R\x10rotationInterval\x12)\n" +
+	"\x10allow_exportable\x18\x04 \x01(\bR\x0fallowExportable\"c\n" +
 	"\x03Key\x12\x19\n" +
 	"\x03uri\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x03uri\x12A\n" +
 	"\talgorithm\x18\x02 \x01(\x0e2\x19.knhk.config.v1.AlgorithmB\b\xbaH\x05\x82\x01\x02\x10\x01R\talgorithm\"\x9d\x03\n" +
@@ -1477,69 +1559,71 @@ func file_knhk_config_v1_config_proto_rawDescGZIP() []byte {
 }
 
 var file_knhk_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_knhk_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_knhk_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_knhk_config_v1_config_proto_goTypes = []any{
 	(Algorithm)(0),              // 0: knhk.config.v1.Algorithm
 	(Class)(0),                  // 1: knhk.config.v1.Class
 	(OnReceiptFailure)(0),       // 2: knhk.config.v1.OnReceiptFailure
 	(Capture)(0),                // 3: knhk.config.v1.Capture
 	(*Config)(nil),              // 4: knhk.config.v1.Config
-	(*Listeners)(nil),           // 5: knhk.config.v1.Listeners
-	(*Keys)(nil),                // 6: knhk.config.v1.Keys
-	(*Key)(nil),                 // 7: knhk.config.v1.Key
-	(*Log)(nil),                 // 8: knhk.config.v1.Log
-	(*Beat)(nil),                // 9: knhk.config.v1.Beat
-	(*ClassBeat)(nil),           // 10: knhk.config.v1.ClassBeat
-	(*ClassRule)(nil),           // 11: knhk.config.v1.ClassRule
-	(*RoutePolicy)(nil),         // 12: knhk.config.v1.RoutePolicy
-	(*Route)(nil),               // 13: knhk.config.v1.Route
-	(*Envoy)(nil),               // 14: knhk.config.v1.Envoy
-	(*Replica)(nil),             // 15: knhk.config.v1.Replica
-	(*Cluster)(nil),             // 16: knhk.config.v1.Cluster
-	(*Shutdown)(nil),            // 17: knhk.config.v1.Shutdown
-	(*durationpb.Duration)(nil), // 18: google.protobuf.Duration
+	(*Succeeds)(nil),            // 5: knhk.config.v1.Succeeds
+	(*Listeners)(nil),           // 6: knhk.config.v1.Listeners
+	(*Keys)(nil),                // 7: knhk.config.v1.Keys
+	(*Key)(nil),                 // 8: knhk.config.v1.Key
+	(*Log)(nil),                 // 9: knhk.config.v1.Log
+	(*Beat)(nil),                // 10: knhk.config.v1.Beat
+	(*ClassBeat)(nil),           // 11: knhk.config.v1.ClassBeat
+	(*ClassRule)(nil),           // 12: knhk.config.v1.ClassRule
+	(*RoutePolicy)(nil),         // 13: knhk.config.v1.RoutePolicy
+	(*Route)(nil),               // 14: knhk.config.v1.Route
+	(*Envoy)(nil),               // 15: knhk.config.v1.Envoy
+	(*Replica)(nil),             // 16: knhk.config.v1.Replica
+	(*Cluster)(nil),             // 17: knhk.config.v1.Cluster
+	(*Shutdown)(nil),            // 18: knhk.config.v1.Shutdown
+	(*durationpb.Duration)(nil), // 19: google.protobuf.Duration
 }
 var file_knhk_config_v1_config_proto_depIdxs = []int32{
-	5,  // 0: knhk.config.v1.Config.listeners:type_name -> knhk.config.v1.Listeners
-	6,  // 1: knhk.config.v1.Config.keys:type_name -> knhk.config.v1.Keys
-	8,  // 2: knhk.config.v1.Config.log:type_name -> knhk.config.v1.Log
-	9,  // 3: knhk.config.v1.Config.beat:type_name -> knhk.config.v1.Beat
-	11, // 4: knhk.config.v1.Config.class_rules:type_name -> knhk.config.v1.ClassRule
-	12, // 5: knhk.config.v1.Config.default_route:type_name -> knhk.config.v1.RoutePolicy
-	13, // 6: knhk.config.v1.Config.routes:type_name -> knhk.config.v1.Route
-	14, // 7: knhk.config.v1.Config.envoy:type_name -> knhk.config.v1.Envoy
-	17, // 8: knhk.config.v1.Config.shutdown:type_name -> knhk.config.v1.Shutdown
-	7,  // 9: knhk.config.v1.Keys.identity:type_name -> knhk.config.v1.Key
-	7,  // 10: knhk.config.v1.Keys.daily:type_name -> knhk.config.v1.Key
-	18, // 11: knhk.config.v1.Keys.daily_max_age:type_name -> google.protobuf.Duration
-	0,  // 12: knhk.config.v1.Key.algorithm:type_name -> knhk.config.v1.Algorithm
-	18, // 13: knhk.config.v1.Log.seal_every:type_name -> google.protobuf.Duration
-	18, // 14: knhk.config.v1.Log.max_unsigned:type_name -> google.protobuf.Duration
-	18, // 15: knhk.config.v1.Log.heartbeat:type_name -> google.protobuf.Duration
-	18, // 16: knhk.config.v1.Log.outcome_timeout:type_name -> google.protobuf.Duration
-	18, // 17: knhk.config.v1.Beat.cycle:type_name -> google.protobuf.Duration
-	10, // 18: knhk.config.v1.Beat.r1:type_name -> knhk.config.v1.ClassBeat
-	10, // 19: knhk.config.v1.Beat.w1:type_name -> knhk.config.v1.ClassBeat
-	18, // 20: knhk.config.v1.ClassBeat.max_wait:type_name -> google.protobuf.Duration
-	18, // 21: knhk.config.v1.ClassBeat.commit_timeout:type_name -> google.protobuf.Duration
-	1,  // 22: knhk.config.v1.ClassRule.class:type_name -> knhk.config.v1.Class
-	1,  // 23: knhk.config.v1.RoutePolicy.class:type_name -> knhk.config.v1.Class
-	2,  // 24: knhk.config.v1.RoutePolicy.on_receipt_failure:type_name -> knhk.config.v1.OnReceiptFailure
-	12, // 25: knhk.config.v1.Route.policy:type_name -> knhk.config.v1.RoutePolicy
-	18, // 26: knhk.config.v1.Route.timeout:type_name -> google.protobuf.Duration
-	16, // 27: knhk.config.v1.Envoy.clusters:type_name -> knhk.config.v1.Cluster
-	3,  // 28: knhk.config.v1.Envoy.capture:type_name -> knhk.config.v1.Capture
-	18, // 29: knhk.config.v1.Envoy.message_timeout:type_name -> google.protobuf.Duration
-	18, // 30: knhk.config.v1.Envoy.access_log_flush:type_name -> google.protobuf.Duration
-	18, // 31: knhk.config.v1.Envoy.max_connection_duration:type_name -> google.protobuf.Duration
-	15, // 32: knhk.config.v1.Envoy.replicas:type_name -> knhk.config.v1.Replica
-	18, // 33: knhk.config.v1.Shutdown.announce:type_name -> google.protobuf.Duration
-	18, // 34: knhk.config.v1.Shutdown.drain:type_name -> google.protobuf.Duration
-	35, // [35:35] is the sub-list for method output_type
-	35, // [35:35] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	6,  // 0: knhk.config.v1.Config.listeners:type_name -> knhk.config.v1.Listeners
+	7,  // 1: knhk.config.v1.Config.keys:type_name -> knhk.config.v1.Keys
+	9,  // 2: knhk.config.v1.Config.log:type_name -> knhk.config.v1.Log
+	10, // 3: knhk.config.v1.Config.beat:type_name -> knhk.config.v1.Beat
+	12, // 4: knhk.config.v1.Config.class_rules:type_name -> knhk.config.v1.ClassRule
+	13, // 5: knhk.config.v1.Config.default_route:type_name -> knhk.config.v1.RoutePolicy
+	14, // 6: knhk.config.v1.Config.routes:type_name -> knhk.config.v1.Route
+	15, // 7: knhk.config.v1.Config.envoy:type_name -> knhk.config.v1.Envoy
+	18, // 8: knhk.config.v1.Config.shutdown:type_name -> knhk.config.v1.Shutdown
+	5,  // 9: knhk.config.v1.Config.succeeds:type_name -> knhk.config.v1.Succeeds
+	8,  // 10: knhk.config.v1.Keys.identity:type_name -> knhk.config.v1.Key
+	8,  // 11: knhk.config.v1.Keys.daily:type_name -> knhk.config.v1.Key
+	19, // 12: knhk.config.v1.Keys.rotation_interval:type_name -> google.protobuf.Duration
+	0,  // 13: knhk.config.v1.Key.algorithm:type_name -> knhk.config.v1.Algorithm
+	19, // 14: knhk.config.v1.Log.seal_every:type_name -> google.protobuf.Duration
+	19, // 15: knhk.config.v1.Log.max_unsigned:type_name -> google.protobuf.Duration
+	19, // 16: knhk.config.v1.Log.heartbeat:type_name -> google.protobuf.Duration
+	19, // 17: knhk.config.v1.Log.outcome_timeout:type_name -> google.protobuf.Duration
+	19, // 18: knhk.config.v1.Beat.cycle:type_name -> google.protobuf.Duration
+	11, // 19: knhk.config.v1.Beat.r1:type_name -> knhk.config.v1.ClassBeat
+	11, // 20: knhk.config.v1.Beat.w1:type_name -> knhk.config.v1.ClassBeat
+	19, // 21: knhk.config.v1.ClassBeat.max_wait:type_name -> google.protobuf.Duration
+	19, // 22: knhk.config.v1.ClassBeat.commit_timeout:type_name -> google.protobuf.Duration
+	1,  // 23: knhk.config.v1.ClassRule.class:type_name -> knhk.config.v1.Class
+	1,  // 24: knhk.config.v1.RoutePolicy.class:type_name -> knhk.config.v1.Class
+	2,  // 25: knhk.config.v1.RoutePolicy.on_receipt_failure:type_name -> knhk.config.v1.OnReceiptFailure
+	13, // 26: knhk.config.v1.Route.policy:type_name -> knhk.config.v1.RoutePolicy
+	19, // 27: knhk.config.v1.Route.timeout:type_name -> google.protobuf.Duration
+	17, // 28: knhk.config.v1.Envoy.clusters:type_name -> knhk.config.v1.Cluster
+	3,  // 29: knhk.config.v1.Envoy.capture:type_name -> knhk.config.v1.Capture
+	19, // 30: knhk.config.v1.Envoy.message_timeout:type_name -> google.protobuf.Duration
+	19, // 31: knhk.config.v1.Envoy.access_log_flush:type_name -> google.protobuf.Duration
+	19, // 32: knhk.config.v1.Envoy.max_connection_duration:type_name -> google.protobuf.Duration
+	16, // 33: knhk.config.v1.Envoy.replicas:type_name -> knhk.config.v1.Replica
+	19, // 34: knhk.config.v1.Shutdown.announce:type_name -> google.protobuf.Duration
+	19, // 35: knhk.config.v1.Shutdown.drain:type_name -> google.protobuf.Duration
+	36, // [36:36] is the sub-list for method output_type
+	36, // [36:36] is the sub-list for method input_type
+	36, // [36:36] is the sub-list for extension type_name
+	36, // [36:36] is the sub-list for extension extendee
+	0,  // [0:36] is the sub-list for field type_name
 }
 
 func init() { file_knhk_config_v1_config_proto_init() }
@@ -1553,7 +1637,7 @@ func file_knhk_config_v1_config_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_knhk_config_v1_config_proto_rawDesc), len(file_knhk_config_v1_config_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   14,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
