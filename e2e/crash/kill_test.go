@@ -269,7 +269,7 @@ func (v *victim) kill(ctx context.Context) error {
 	if err := v.Knhk.Signal(syscall.SIGKILL); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, harness.Patience)
 	defer cancel()
 	err := v.Knhk.Wait(ctx)
 	exit, ok := errors.AsType[*exec.ExitError](err)
@@ -342,14 +342,14 @@ func (v *victim) killStopping(ctx context.Context) error {
 
 // await waits until n requests of the load satisfy ok.
 func (v *victim) await(l *load, what string, n int, ok func(*request) bool) error {
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(harness.Patience)
 	for {
 		got, err := l.count(ok)
 		if err != nil || got >= n {
 			return err
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("not within 20 s: %s: %d of %d", what, got, n)
+			return fmt.Errorf("not within %v: %s: %d of %d", harness.Patience, what, got, n)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}

@@ -29,10 +29,12 @@ import (
 	"github.com/knhk/sidecar/e2e/stack"
 )
 
-// demoConfig keeps the ticks small, so that a burst shows all three verdicts.
-const demoConfig = `beat:
+// demoConfig keeps the ticks small, so that a burst shows all three verdicts: of 100 requests at once, half of them W1, no machine is so
+// slow that two of each tick of 16 ms, and what may wait for one, are all.
+const demoConfig = `log: {outcome_timeout: 20s} # of a client that leaves while its request is decided, Envoy may not know the receipt
+beat:
   r1: {capacity: 100}
-  w1: {capacity: 10}
+  w1: {capacity: 2}
 default_route: {class: W1}
 class_rules:
 - {name: search-is-hot, when: 'path.startsWith("/search")', class: R1}
@@ -48,7 +50,10 @@ envoy:
   - {name: dead, endpoints: ["DEAD"]}
 `
 
-const requests = 1000
+const (
+	requests = 1000
+	warming  = 12 // requests before the burst
+)
 
 func main() {
 	keep := flag.Bool("run", false, "leave everything running until interrupted")
@@ -105,7 +110,7 @@ func run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() {
-		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
+		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), harness.Patience)
 		defer cancel()
 		err = errors.Join(err, s.Stop(stop))
 	}()
@@ -149,18 +154,21 @@ Ctrl-C ends everything.
 }
 
 func demo(ctx context.Context) (err error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
-	defer cancel()
-	s, err := begin(ctx, "demo")
+	s, err := begin(ctx, "demo") // which may have to build knhk first
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, 8*time.Minute)
+	defer cancel()
 	stopped := false
 	defer func() {
 		if !stopped {
 			err = errors.Join(err, s.Stop(context.WithoutCancel(ctx)))
 		}
 	}()
+	if err := warm(ctx, s); err != nil {
+		return err
+	}
 	step("Sending %d mixed requests through Envoy", requests)
 	if err := load(ctx, s); err != nil {
 		return err
@@ -182,8 +190,38 @@ func demo(ctx context.Context) (err error) {
 	if err := missingBlock(ctx, s); err != nil {
 		return err
 	}
-	step("Done: %d requests, %d receipts, everything as promised. Files are in %s", requests, requests, s.Dir)
+	step("Done: %d requests, %d receipts, everything as promised. Files are in %s", requests+warming, requests+warming, s.Dir)
 	return nil
+}
+
+// warm sends a few requests, one after the other, and waits for their outcomes. Each of Envoy's workers opens its access log stream with
+// the first entry it has, and drops what comes faster than the stream opens: the burst must not be the first.
+func warm(ctx context.Context, s *stack.Stack) error {
+	step("Sending %d requests, one after the other, and waiting for what became of them", warming)
+	for i := range warming {
+		resp, err := s.Do(ctx, harness.Request{Target: fmt.Sprintf("/hot/warm/%d", i)})
+		if err != nil {
+			return err
+		}
+		if resp.Header.Get("X-Knhk-Receipt") == "" {
+			return fmt.Errorf("request %d: status %d without a receipt", i, resp.Status)
+		}
+	}
+	for {
+		m, err := harness.Metrics(ctx, s.Admin)
+		if err != nil {
+			return err
+		}
+		pending := m.Sum("knhk_receipts_pending")
+		if pending == 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%v outcomes are still pending: %w", pending, ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
 }
 
 // load sends the mix: bursts, so that ticks run out of credits, and clients that leave.
@@ -263,7 +301,8 @@ func export(ctx context.Context, s *stack.Stack) ([]byte, error) {
 	step("Waiting until all of them are sealed and signed, then verifying them offline")
 	file := filepath.Join(s.Dir, "receipts.jsonl")
 	var raw []byte
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(harness.Patience)
+	const want = requests + warming
 	for {
 		if _, err := s.Run(ctx, nil, "receipts", "export", "--evidence", "--file", file); err != nil {
 			return nil, err
@@ -273,10 +312,10 @@ func export(ctx context.Context, s *stack.Stack) ([]byte, error) {
 			return nil, err
 		}
 		done := bytes.Count(raw, []byte(`knhk/outcome/v1`))
-		if n := bytes.Count(raw, []byte("\n")); n == requests && done == requests {
+		if n := bytes.Count(raw, []byte("\n")); n == want && done == want {
 			break
 		} else if time.Now().After(deadline) {
-			return nil, fmt.Errorf("%d receipts, %d outcomes: want %d of each", n, done, requests)
+			return nil, fmt.Errorf("%d receipts, %d outcomes: want %d of each", n, done, want)
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
@@ -285,7 +324,7 @@ func export(ctx context.Context, s *stack.Stack) ([]byte, error) {
 		return nil, err
 	}
 	say("knhk verify: %s", bytes.TrimSpace(out))
-	if !bytes.Contains(out, fmt.Appendf(nil, "%d verified, 0 refused", requests)) {
+	if !bytes.Contains(out, fmt.Appendf(nil, "%d verified, 0 refused", want)) {
 		return nil, fmt.Errorf("knhk verify said: %s", out)
 	}
 	verdicts := map[string]int{}

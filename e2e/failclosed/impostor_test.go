@@ -290,7 +290,7 @@ func TestCleanEnd(t *testing.T) {
 		"request headers twice": {headers, headers}, "response headers": {{0x1a, 0x00}}, "request body": {{0x22, 0x00}},
 		"response body": {{0x2a, 0x00}}, "request trailers": {{0x32, 0x00}}, "response trailers": {{0x3a, 0x00}},
 	} {
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), harness.Patience)
 		st, err := conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, "/"+extproc.ServiceDesc.ServiceName+"/Process")
 		if err != nil {
 			t.Fatal(err)

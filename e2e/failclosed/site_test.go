@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/knhk/sidecar/e2e/audited"
 	"github.com/knhk/sidecar/e2e/fault"
@@ -53,7 +52,7 @@ func each(t *testing.T, name string, cfg stack.Config, f func(w *site)) {
 		cfg.UnixSocket = cfg.UnixSocket || cfg.Capture == "full"
 		t.Run(fmt.Sprintf("%s-%d", cfg.Capture, i), func(t *testing.T) {
 			if cfg.YAML == "" {
-				cfg.YAML = routes
+				cfg.YAML = logOf("seal_every: 1s")
 			}
 			w := &site{World: audited.Prepare(t, cfg), t: t, capture: cfg.Capture, closed: closed, open: open}
 			f(w)
@@ -198,7 +197,7 @@ const failedOpen = "http.knhk.ext_proc.failure_mode_allowed"
 // the access log, what Envoy let pass.
 func (w *site) counted(service, accesslog, envoy int) {
 	w.t.Helper()
-	w.Eventually("the gaps are counted", 20*time.Second, func() error {
+	w.Eventually("the gaps are counted", func() error {
 		m, err := w.Metrics()
 		if err != nil {
 			return err
@@ -223,7 +222,7 @@ func (w *site) mark() int64 {
 // logged waits for a line in knhk's log behind mark that has all of these words, and returns it without its time.
 func (w *site) logged(mark int64, words ...string) (line string) {
 	w.t.Helper()
-	w.Eventually(fmt.Sprintf("knhk logs %q", words), 20*time.Second, func() error {
+	w.Eventually(fmt.Sprintf("knhk logs %q", words), func() error {
 		b, err := os.ReadFile(filepath.Join(w.Dir, "knhk.log"))
 		if err != nil {
 			return err

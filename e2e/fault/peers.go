@@ -1,7 +1,7 @@
 package fault
 
-// peers: hostile peers of the gRPC port. In each: no good request fails, its p99 stays under twice the usual (or 5 ms more), peak
-// RSS under 1 GiB, goroutines as many as before.
+// peers: hostile peers of the gRPC port. In each: no good request fails, its p99 stays under twice the usual (or 5 ms more; judged in
+// the full run alone), peak RSS under 1 GiB, goroutines as many as before.
 var peers = []Fault{
 	{"peers/mute-streams", "1,800 streams without a message, on both services: no good request fails, p99, peak RSS and goroutines within bounds", 1, 5},
 	{"peers/idle-streams", "10,000 streams without a message on 20 connections: the same", 1, 5},

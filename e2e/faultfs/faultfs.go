@@ -113,7 +113,7 @@ type FS struct {
 	used     int64         // pages
 }
 
-const patience = 20 * time.Second
+const patience = 2 * time.Minute
 
 // defaultCapacity is 8 GiB.
 const defaultCapacity = 8 << 30 / pageSize

@@ -6,7 +6,9 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -60,6 +62,45 @@ func content(t *testing.T, name string) string {
 	}
 	must(t, err)
 	return string(b)
+}
+
+// TestSocket: a unix socket can be bound, reached, found dead after its owner, and removed.
+func TestSocket(t *testing.T) {
+	f, dir := mounted(t)
+	d, err := os.Open(dir)
+	must(t, err)
+	defer d.Close()
+	name := fmt.Sprintf("/proc/self/fd/%d/s", d.Fd()) // a socket's address is short
+	l, err := net.Listen("unix", name)
+	must(t, err)
+	go func() {
+		if c, err := l.Accept(); err == nil {
+			c.Write([]byte("x"))
+			c.Close()
+		}
+	}()
+	must(t, os.Chmod(name, 0o600))
+	c, err := net.Dial("unix", name)
+	must(t, err)
+	if b, err := io.ReadAll(c); err != nil || string(b) != "x" {
+		t.Errorf("read %q, %v", b, err)
+	}
+	c.Close()
+	if fi, err := os.Lstat(name); err != nil || fi.Mode() != os.ModeSocket|0o600 {
+		t.Errorf("%v, %v", fi, err)
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	must(t, l.Close())
+	if _, err := net.Dial("unix", name); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("a dead socket: %v", err)
+	}
+	if _, err := net.Listen("unix", name); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("a name that is taken: %v", err)
+	}
+	must(t, os.Remove(name))
+	if got := f.Paths(); len(got) != 0 {
+		t.Errorf("left: %v", got)
+	}
 }
 
 // TestAsAnOrdinaryFileSystem: what programs do with files works, and is there after an unmount that lost nothing.

@@ -36,12 +36,19 @@ func (f *view) enter() bool {
 func (f *view) node(h *fuse.InHeader) *inode { return f.inodes[h.NodeId] }
 
 func (n *inode) attr(out *fuse.Attr) {
-	mode := uint32(syscall.S_IFREG)
-	if n.dir {
-		mode = syscall.S_IFDIR
-	}
-	*out = fuse.Attr{Ino: n.ino, Size: uint64(n.size), Blocks: uint64(len(n.pages)) * perPage, Mode: mode | n.mode, Nlink: n.nlink, Blksize: pageSize}
+	*out = fuse.Attr{Ino: n.ino, Size: uint64(n.size), Blocks: uint64(len(n.pages)) * perPage, Mode: n.kind() | n.mode, Nlink: n.nlink, Blksize: pageSize}
 	out.SetTimes(&n.mtime, &n.mtime, &n.mtime)
+}
+
+// kind is the part of the mode that says what n is.
+func (n *inode) kind() uint32 {
+	switch {
+	case n.dir:
+		return syscall.S_IFDIR
+	case n.socket:
+		return syscall.S_IFSOCK
+	}
+	return syscall.S_IFREG
 }
 
 // entry hands n to the kernel. mu is held.
@@ -139,6 +146,31 @@ func (f *view) Mkdir(_ <-chan struct{}, in *fuse.MkdirIn, name string, out *fuse
 	f.lastIno++
 	n := newDir(f.lastIno, dir, name)
 	n.mode = in.Mode & 0o7777
+	f.change(&nameOp{toDir: dir, to: name, node: n})
+	f.entry(n, out)
+	return after
+}
+
+// Mknod implements fuse.RawFileSystem for what bind(2) makes: a socket is a name, everything else about it is the kernel's.
+func (f *view) Mknod(_ <-chan struct{}, in *fuse.MknodIn, name string, out *fuse.EntryOut) fuse.Status {
+	if !f.enter() {
+		return fuse.EIO
+	}
+	defer f.mu.Unlock()
+	if in.Mode&syscall.S_IFMT != syscall.S_IFSOCK {
+		return fuse.EPERM
+	}
+	before, after := f.call(OpCreate, join(f.node(&in.InHeader), name))
+	if !before.Ok() {
+		return before
+	}
+	dir := f.node(&in.InHeader)
+	if dir.names[name] != nil {
+		return fuse.Status(syscall.EEXIST)
+	}
+	f.lastIno++
+	n := newFile(f.lastIno, dir, name, in.Mode)
+	n.socket = true
 	f.change(&nameOp{toDir: dir, to: name, node: n})
 	f.entry(n, out)
 	return after
@@ -405,11 +437,7 @@ func (f *view) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryLis
 		if n.ino <= in.Offset {
 			continue
 		}
-		mode := uint32(syscall.S_IFREG)
-		if n.dir {
-			mode = syscall.S_IFDIR
-		}
-		if !out.AddDirEntry(fuse.DirEntry{Mode: mode, Name: n.name, Ino: n.ino, Off: n.ino}) {
+		if !out.AddDirEntry(fuse.DirEntry{Mode: n.kind(), Name: n.name, Ino: n.ino, Off: n.ino}) {
 			break
 		}
 	}

@@ -24,10 +24,11 @@ type (
 
 var zeroPage = new(page) // shared by all pages that are allocated and hold nothing; never written to
 
-// inode is a file or a directory. The mutex of FS guards it.
+// inode is a file, a directory or a socket. The mutex of FS guards it.
 type inode struct {
 	ino    uint64
 	dir    bool
+	socket bool // a file without content
 	mode   uint32
 	nlink  uint32
 	mtime  time.Time

@@ -16,7 +16,7 @@ import (
 )
 
 // connTimeout bounds everything on a client connection: a test that hangs says so instead.
-const connTimeout = 30 * time.Second
+const connTimeout = Patience
 
 // Request is an HTTP/1.1 request that may be wrong on purpose.
 type Request struct {
@@ -85,7 +85,7 @@ type Conn struct {
 	r   *bufio.Reader
 }
 
-// Dial opens a connection to addr (host:port). Everything on it ends after 30 seconds at the latest.
+// Dial opens a connection to addr (host:port). Everything on it ends after Patience at the latest.
 func Dial(ctx context.Context, addr string) (*Conn, error) {
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "tcp", addr)
@@ -277,14 +277,14 @@ func WebSocket(ctx context.Context, addr, path string) (*websocket.Conn, error) 
 	return c, nil
 }
 
-// Eventually calls ok every few milliseconds until it is true, and fails the test after 10 seconds: for what another
+// Eventually calls ok every few milliseconds until it is true, and fails the test after Patience: for what another
 // process does soon, but at no stated moment.
 func Eventually(t TB, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(Patience)
 	for !ok() {
 		if time.Now().After(deadline) {
-			t.Fatalf("not within 10 s: %s", what)
+			t.Fatalf("not within %v: %s", Patience, what)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}

@@ -12,7 +12,6 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
-	"time"
 )
 
 // EnvoyConfig says how to run Envoy. Only Bootstrap and Dir are required.
@@ -64,7 +63,7 @@ func StartEnvoy(ctx context.Context, cfg EnvoyConfig) (*Envoy, error) {
 	e := &Envoy{}
 	p, err := StartProcess(ctx, ProcessConfig{
 		Name: cfg.Name, Path: cfg.Binary, Args: args, Log: stem + ".log",
-		ReadyTimeout: 30 * time.Second,
+		ReadyTimeout: Patience,
 		Ready: func(ctx context.Context) error {
 			addr, err := os.ReadFile(stem + ".admin")
 			if err != nil {

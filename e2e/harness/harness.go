@@ -24,6 +24,10 @@ import (
 // ErrNoEnvoy says that no Envoy was found; see FindEnvoy.
 var ErrNoEnvoy = errors.New("no envoy: set ENVOY, run `make setup` or put envoy on PATH")
 
+// Patience is how long tests wait for what must come but at no stated moment: a start, an answer, a checkpoint. It is for a machine
+// that does everything twenty times slower than usual, so that running out of it means "never", and no test judges speed by it.
+const Patience = 2 * time.Minute
+
 // pollEvery is how often readiness is asked for.
 const pollEvery = 20 * time.Millisecond
 
@@ -131,7 +135,7 @@ func poll(ctx context.Context, exited <-chan struct{}, ready func(context.Contex
 }
 
 // client speaks to admin interfaces; it never goes through a proxy.
-var client = &http.Client{Transport: &http.Transport{Proxy: nil, DisableKeepAlives: true}, Timeout: 10 * time.Second}
+var client = &http.Client{Transport: &http.Transport{Proxy: nil, DisableKeepAlives: true}, Timeout: Patience}
 
 // Get returns the body of a 200 response.
 func Get(ctx context.Context, url string) ([]byte, error) {

@@ -33,12 +33,12 @@ func TestMain(m *testing.M) {
 }
 
 func child(how string) {
-	fmt.Println("child is", how)
+	caught := make(chan os.Signal, 1)
+	signal.Notify(caught, syscall.SIGTERM)
+	fmt.Println("child is", how) // who has read this may send the signal
 	if how == "broken" {
 		os.Exit(3)
 	}
-	caught := make(chan os.Signal, 1)
-	signal.Notify(caught, syscall.SIGTERM)
 	for range caught {
 		if how == "polite" {
 			return
@@ -54,7 +54,7 @@ func start(t *testing.T, how string, ready func(context.Context) error) (*Proces
 		t.Fatal(err)
 	}
 	return StartProcess(t.Context(), ProcessConfig{Path: self, Args: []string{"child", how},
-		Log: filepath.Join(t.TempDir(), "log"), Ready: ready, ReadyTimeout: 5 * time.Second})
+		Log: filepath.Join(t.TempDir(), "log"), Ready: ready, ReadyTimeout: Patience})
 }
 
 func TestProcess(t *testing.T) {

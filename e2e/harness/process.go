@@ -16,8 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stopGrace is how long a process may take after SIGTERM before it is killed; knhk drains within it.
-const stopGrace = 15 * time.Second
+// stopGrace is how long a process may take after SIGTERM before it is killed.
+const stopGrace = Patience
 
 // clockTicks is USER_HZ, the unit of the times in /proc/PID/stat: 100 on every Linux that Go runs on.
 const clockTicks = 100
@@ -31,7 +31,7 @@ type ProcessConfig struct {
 	Dir   string   // working directory; default this one's
 	Log   string   // file that gets stdout and stderr, appended to; required
 	Ready func(context.Context) error
-	// ReadyTimeout bounds the wait for Ready. Default 15 s.
+	// ReadyTimeout bounds the wait for Ready. Default Patience.
 	ReadyTimeout time.Duration
 }
 
@@ -50,7 +50,7 @@ func StartProcess(ctx context.Context, cfg ProcessConfig) (*Process, error) {
 		cfg.Name = filepath.Base(cfg.Path)
 	}
 	if cfg.ReadyTimeout == 0 {
-		cfg.ReadyTimeout = 15 * time.Second
+		cfg.ReadyTimeout = Patience
 	}
 	log, err := os.OpenFile(cfg.Log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
@@ -95,7 +95,7 @@ func (p *Process) Kill() {
 	<-p.done
 }
 
-// Stop asks the process to end (SIGTERM), waits for it at most 15 seconds or until ctx ends, then kills it; having to
+// Stop asks the process to end (SIGTERM), waits for it at most Patience or until ctx ends, then kills it; having to
 // kill is an error. A process that ended otherwise than by that signal or with status 0 is an error too.
 func (p *Process) Stop(ctx context.Context) error {
 	if err := p.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {

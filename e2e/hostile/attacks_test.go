@@ -18,6 +18,7 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
+	"github.com/knhk/sidecar/e2e/harness"
 	"github.com/knhk/sidecar/e2e/stack"
 )
 
@@ -58,7 +59,7 @@ func attack(ctx context.Context, addr string, read bool) (*attacker, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := c.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(harness.Patience)); err != nil {
 		return nil, err
 	}
 	a := &attacker{c: c, w: bufio.NewWriterSize(c, 64<<10), next: 1}
@@ -284,7 +285,7 @@ var attacks = map[string]func(*round) error{
 				}
 			}
 			// knhk opens the window of a stream when it has read the length.
-			for deadline := time.Now().Add(5 * time.Second); a.granted.Load() < int64(len(ids)); {
+			for deadline := time.Now().Add(harness.Patience); a.granted.Load() < int64(len(ids)); {
 				if time.Now().After(deadline) {
 					return fmt.Errorf("%d of %d windows were opened", a.granted.Load(), len(ids))
 				}
@@ -366,7 +367,7 @@ var attacks = map[string]func(*round) error{
 		if err := a.w.Flush(); err != nil {
 			return err
 		}
-		for deadline := time.Now().Add(5 * time.Second); a.frames.Load() == 0; r.breathe() {
+		for deadline := time.Now().Add(harness.Patience); a.frames.Load() == 0; r.breathe() {
 			if time.Now().After(deadline) {
 				return errors.New("a newcomer is not served")
 			}
@@ -482,7 +483,7 @@ func (r *round) headerList() error {
 		r.sent++
 		r.breathe()
 	}
-	for deadline := time.Now().Add(5 * time.Second); a.told.Load() == 0 && !a.ended.Load(); r.breathe() {
+	for deadline := time.Now().Add(harness.Patience); a.told.Load() == 0 && !a.ended.Load(); r.breathe() {
 		if time.Now().After(deadline) {
 			return errors.New("header lists of 1 MiB were taken")
 		}

@@ -33,7 +33,7 @@ const (
 	pace   = 4 * time.Millisecond   // between good requests
 	calm   = 400 * time.Millisecond // a quiet phase
 	storm  = 600 * time.Millisecond // an attack lasts as long as its work, at least this
-	phases = 3                      // of each kind in a round
+	phases = 3                      // of each kind in a round; in the full run:
 	// If the medians of so many phases are too far apart, there are more, and the medians are those of all: what the neighbours on
 	// the machine do in one phase or two goes under, what an attack does stays.
 	morePhases = 9
@@ -49,7 +49,7 @@ func good(ctx context.Context, s *stack.Stack) (times []time.Duration, err error
 	defer c.Close()
 	tick := time.NewTicker(pace)
 	defer tick.Stop()
-	for ctx.Err() == nil {
+	for len(times) == 0 || ctx.Err() == nil {
 		begun := time.Now()
 		resp, err := c.Do(harness.Request{Target: "/do/bytes/1"})
 		if err != nil || resp.Status != 200 || resp.Header.Get("X-Knhk-Receipt") == "" {
@@ -101,8 +101,8 @@ type seen struct {
 	cores, own float64 // most that knhk and this process took in an attack
 }
 
-// attack attacks once while a good client goes on, and gives that one's p99.
-func (sum *seen) attack(t *testing.T, s *stack.Stack, do func(*round) error, rng *rand.Rand) time.Duration {
+// attack attacks once while a good client goes on, and gives that one's p99. told: knhk is to tell the attacker.
+func (sum *seen) attack(t *testing.T, s *stack.Stack, do func(*round) error, rng *rand.Rand, told bool) time.Duration {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
@@ -130,6 +130,11 @@ func (sum *seen) attack(t *testing.T, s *stack.Stack, do func(*round) error, rng
 	sum.own = max(sum.own, float64(processCPU()-r.cpu)/took)
 	sum.cores = max(sum.cores, float64(cpu-cpuBefore)/took)
 	sum.least = min(sum.least, goroutines(t, s))
+	if attackErr == nil && told {
+		harness.Eventually(t, "the attacker is told", func() bool {
+			return slices.ContainsFunc(r.conns, func(a *attacker) bool { return a.told.Load() > 0 || a.ended.Load() })
+		})
+	}
 	for i, a := range r.conns {
 		sum.told += a.told.Load()
 		if a.ended.Load() {
@@ -151,6 +156,12 @@ func (sum *seen) attack(t *testing.T, s *stack.Stack, do func(*round) error, rng
 	harness.Eventually(t, "the attack is over", func() bool { return goroutines(t, s) <= sum.least })
 	return p99(res.times)
 }
+
+// full says whether this is the full fault run, the only one that judges the good client's p99: it has the machine to itself.
+var full = os.Getenv(fault.EnvFull) == "1"
+
+// tells are the attacks whose author is told what knhk thinks of them: RST_STREAM, GOAWAY, or the connection is ended.
+var tells = map[string]bool{"peers/oversized": true, "peers/unfinished": true}
 
 // over says whether a good client's p99 is too high under attack.
 func over(calms, storms []time.Duration) bool {
@@ -224,8 +235,8 @@ func TestHostilePeers(t *testing.T) {
 				s.Knhk.ResetPeak()
 				sum := seen{least: 1 << 62}
 				calms, storms := []time.Duration{quiet(t)}, []time.Duration(nil)
-				for n := 0; n < phases || n < morePhases && over(calms, storms); n++ {
-					storms = append(storms, sum.attack(t, s, do, run.Rand()))
+				for n := 0; n < phases || full && n < morePhases && over(calms, storms); n++ {
+					storms = append(storms, sum.attack(t, s, do, run.Rand(), tells[f.Name]))
 					calms = append(calms, quiet(t))
 				}
 				n := int64(len(storms))
@@ -241,9 +252,11 @@ func TestHostilePeers(t *testing.T) {
 				case "peers/unfinished-bytes":
 					ok, how = sum.sent > n*400_000 && sum.least >= usual+50, "attacker: frames written; goroutines of knhk during the attack"
 				case "peers/half-preface":
-					ok, how = sum.sent == n*500 && logged(s, "refused_connections"), "attacker: connections opened; knhk's log"
+					harness.Eventually(t, "told in the log", func() bool { return logged(s, "refused_connections") })
+					ok, how = sum.sent == n*500, "attacker: connections opened; knhk's log"
 				case "peers/rapid-reset", "peers/garbage", "peers/one-byte-frames":
-					ok, how = events(t, s)-eventsBefore >= float64(sum.sent)/1000, "knhk_extproc_events_total empty and malformed"
+					harness.Eventually(t, "they are counted", func() bool { return events(t, s)-eventsBefore >= float64(sum.sent)/1000 })
+					ok, how = true, "knhk_extproc_events_total empty and malformed"
 				case "peers/control-floods":
 					ok, how = sum.sent > 0, "attacker: frames written"
 				}
@@ -255,7 +268,7 @@ func TestHostilePeers(t *testing.T) {
 					t.Errorf("%d MiB resident, of %d", rss>>20, rssCap>>20)
 				}
 				before, during := median(calms), median(storms)
-				if over(calms, storms) {
+				if full && over(calms, storms) {
 					t.Errorf("p99 of a good client: %v under attack, %v without (medians of %v and %v)", during, before, storms, calms)
 				}
 				harness.Eventually(t, "goroutines are back to usual", func() bool { return goroutines(t, s) <= usual+150 })
@@ -274,10 +287,9 @@ func TestHostilePeers(t *testing.T) {
 	}
 	t.Run("peers/silence", func(t *testing.T) {
 		run := fault.Begin(t, "peers/silence")
-		deadline := muteSince.Add(60 * time.Second)
-		for !mute.conns[0].ended.Load() {
+		for deadline := time.Now().Add(harness.Patience / 2); !mute.conns[0].ended.Load(); {
 			if time.Now().After(deadline) {
-				t.Fatal("100 streams may stay silent for a minute")
+				t.Fatalf("100 streams may stay silent for %v", time.Since(muteSince))
 			}
 			time.Sleep(100 * time.Millisecond)
 		}

@@ -15,6 +15,8 @@ const (
 	receiptlog = "region/receiptlog"
 	receipt    = "crypto/receipt"
 	soft       = "crypto/soft"
+	kms        = "crypto/kms"
+	rotation   = "crypto/rotation"
 	bootstrap  = "envoy/bootstrap"
 )
 
@@ -59,23 +61,27 @@ var mutations = []mutation{
 		receiptlog, "TestBlockSurvivesPowerLoss",
 	},
 	{
-		"fsync/store-state", receiptlog + "/store.go",
-		"if err := b.Commit(pebble.Sync)", "if err := b.Commit(pebble.NoSync)",
-		receiptlog, "TestStoreSurvivesPowerLoss",
-	},
-	{
-		"fsync/store-daily-key", receiptlog + "/store.go",
+		"fsync/daily-keys", receiptlog + "/keys.go",
 		"err = b.Commit(pebble.Sync)", "err = b.Commit(pebble.NoSync)",
-		receiptlog, "TestStoreSurvivesPowerLoss",
+		receiptlog, "TestKeysSurvivePowerLoss",
 	},
 	{"fsync/soft-key", soft + "/file.go", "err = f.Sync()", "err = nil", soft, "TestFileIsSynced"},
 	{"fsync/soft-key-name", soft + "/file.go", "return syncDir(dir)", "return nil", soft, "TestDirectoryIsSynced"},
 	{"fsync/soft-new-directory", soft + "/file.go", "return syncDir(parent)", "return nil", soft, "TestNewDirectoryIsSynced"},
 	{"fsync/soft-directory", soft + "/file.go", "return d.Sync()", "return nil", soft, "TestDirectoryIsSynced"},
+	{"fsync/archive-key", kms + "/archive.go", "err = f.Sync()", "err = nil", kms, "TestFileIsSynced"},
+	{"fsync/archive-key-name", kms + "/archive.go", "return syncDir(a.dir)", "return nil", kms, "TestDirectoryIsSynced"},
+	{"fsync/archive-new-directory", kms + "/archive.go", "return syncDir(parent)", "return nil", kms, "TestNewDirectoryIsSynced"},
+	{"fsync/archive-directory", kms + "/archive.go", "return d.Sync()", "return nil", kms, "TestDirectoryIsSynced"},
 	{
 		"fsync/export", "server/knhk/receipts.go",
 		"errors.Join(export(cmd, f), f.Sync(), f.Close())", "errors.Join(export(cmd, f), f.Close())",
 		"server/knhk", "TestExportIsSynced",
+	},
+	{
+		"fsync/note", "server/knhk/keys.go",
+		"errors.Join(err, n.f.Sync(), n.f.Close())", "errors.Join(err, n.f.Close())",
+		"server/knhk", "TestNoteIsSynced",
 	},
 
 	// One owner.
@@ -111,7 +117,7 @@ var mutations = []mutation{
 		"if err := w.cfg.FS.SyncDir(filepath.Dir(w.cfg.Dir)); err != nil {", "if err := error(nil); err != nil {",
 		wal, "TestNewLogIsSynced",
 	},
-	{"tail/wal-replaced", receiptlog + "/seal.go", "if err := meets(found, l.chain.Released); err != nil {", "if false {\n\t\tvar err error", receiptlog, "TestWALReplaced"},
+	{"tail/wal-replaced", receiptlog + "/recover.go", "if err := meets(found, l.chain.Released); err != nil {", "if false {\n\t\tvar err error", receiptlog, "TestWALReplaced"},
 	{
 		"group/crc", wal + "/group.go",
 		"if crc32.Checksum(b[8:], castagnoli) != ", "if false && crc32.Checksum(b[8:], castagnoli) != ",
@@ -124,7 +130,7 @@ var mutations = []mutation{
 	{"lost/declared", wal + "/recover.go", "if ceiling > f.Next &&", "if false && ceiling > f.Next &&", wal, "TestCrashAndReplay"},
 	{"lost/ceiling", wal + "/append.go", "left == 0 || ", "", wal, "TestCeiling"},
 	{
-		"lost/header", receiptlog + "/seal.go",
+		"lost/header", receiptlog + "/recover.go",
 		"headerExtra{lostFrom: r.From, lostTo: r.To}", "headerExtra{lostFrom: 0 * r.From}",
 		receiptlog, "TestMachineCrash",
 	},
@@ -143,7 +149,7 @@ var mutations = []mutation{
 
 	// What the receipt log does before it says yes.
 	{
-		"log/waits-for-level", receiptlog + "/log.go",
+		"log/waits-for-level", receiptlog + "/record.go",
 		"if err := t.Wait(ctx); err != nil {", "if err := t.Wait(ctx); err != nil && false {",
 		receiptlog, "TestFailedSync",
 	},
@@ -156,36 +162,21 @@ var mutations = []mutation{
 	{"log/instance-changed", receiptlog + "/state.go", "if id.Instance != instance {", "if false {", receiptlog, "TestOpenRefuses"},
 	{"log/version", receiptlog + "/state.go", "case string(b) != stateVersion:", "case false:", receiptlog, "TestOpenRefuses"},
 	{
-		"log/daily-key-age", receiptlog + "/daily.go",
-		"!now.Before(until) {", "false && now.Before(until) {",
-		receiptlog, "TestDailySigner",
-	},
-	{
-		"log/clock-floor", receiptlog + "/daily.go",
-		"return &clock{wall: wall, floor: floor.Round(0),", "return &clock{wall: wall, floor: floor.Round(0).AddDate(-1, 0, 0),",
-		receiptlog, "TestDailyAge",
-	},
-	{
-		"log/key-in-one-line", receiptlog + "/daily.go",
-		"signer, until := s.pinned, s.pinEnd", "signer, until := s.cur, s.until",
-		receiptlog, "TestDailySigner",
-	},
-	{
 		"log/signs-after-fault", receiptlog + "/log.go",
 		"l.identity = guardedSigner{identity, l.faulted}", "l.identity = identity",
 		receiptlog, "TestFaultedLogSignsNothing",
 	},
 	{
-		"log/unsigned-too-long", receiptlog + "/seal.go",
+		"log/unsigned-too-long", receiptlog + "/watch.go",
 		"age > l.cfg.MaxUnsigned {", "false && age > l.cfg.MaxUnsigned {",
 		receiptlog, "TestUnsigned",
 	},
 	{
-		"log/continues-behind", receiptlog + "/seal.go",
+		"log/continues-behind", receiptlog + "/recover.go",
 		"if h.LogID == l.logID {", "if h.LogID == l.logID && false {",
 		receiptlog, "TestStateBehindLog",
 	},
-	{"log/free-disk", receiptlog + "/log.go", "if free < minFree {", "if false {", receiptlog, "TestFreeDisk"},
+	{"log/free-disk", receiptlog + "/watch.go", "if free < minFree {", "if false {", receiptlog, "TestFreeDisk"},
 	{
 		"log/free-disk-for-blocks", receiptlog + "/seal.go",
 		"err == nil && free < sealFree+2*size {", "err == nil && false && free < sealFree+2*size {",
@@ -213,12 +204,12 @@ var mutations = []mutation{
 	},
 	{
 		"verify/origin-of-header", receipt + "/verify.go",
-		"if h.Origin != c.origin {", "if false {",
+		"return fmt.Errorf(\"header %d: %w\", i, err)\n		}\n		if h.Origin != c.origin {", "return fmt.Errorf(\"header %d: %w\", i, err)\n		}\n		if false {",
 		receipt, "TestAttacks/the_header_of_another_log",
 	},
 	{
 		"verify/origin-of-key", receipt + "/keystatement.go",
-		"if identity.Name() != ks.Origin {\n		return nil, nil, ", "if false {\n		return nil, nil, ",
+		"if identity.Name() != ks.Origin {\n		return nil, k, ", "if false {\n		return nil, k, ",
 		receipt, "TestAttacks/a_key_for_another_log",
 	},
 	{
@@ -240,13 +231,13 @@ var mutations = []mutation{
 	},
 	{
 		"verify/daily-key-end", receipt + "/verify.go",
-		"if t.After(out.Keys[0].NotAfter.Add(MaxSkew)) {", "if false {",
-		receipt, "TestAttacks",
+		"if c.Time.After(out.Keys[0].NotAfter.Add(MaxSkew)) {", "if false {",
+		receipt, "TestAttacks/a_daily_key_that_ended_before_a_witness_saw_its_checkpoint",
 	},
 	{
 		"verify/identity-as-daily-key", receipt + "/keystatement.go",
-		"if v != nil && v.verifier.KeyHash() == identity.KeyHash() {\n			return nil, nil, ",
-		"if v != nil && false {\n			return nil, nil, ",
+		"if v != nil && v.verifier.KeyHash() == identity.KeyHash() {\n			return nil, k, ",
+		"if v != nil && false {\n			return nil, k, ",
 		receipt, "TestAttacks",
 	},
 	{
@@ -277,6 +268,73 @@ var mutations = []mutation{
 		receipt, "TestAttacks/the_outcome_of_another_receipt",
 	},
 	{"verify/evidence", receipt + "/evidence.go", "if Commit(&e.Salt, e.Fields) != d.Request {", "if false {", receipt, "TestMutations"},
+
+	// Which daily key counts.
+	{
+		"keys/statement-size", receipt + "/verifier.go",
+		"case ks.FirstSize != p.index:", "case false:",
+		receipt, "TestAttacks/a_key_stated_before_its_first_size",
+	},
+	{
+		"keys/tail-is-last", receipt + "/verify.go",
+		"case index != c.size-1:", "case false:",
+		receipt, "TestStolenDailyKeys",
+	},
+	{
+		"keys/tail-names-the-key", receipt + "/verify.go",
+		"case names != k.Index:", "case false:",
+		receipt, "TestStolenDailyKeys",
+	},
+	{
+		"keys/header-names-the-key", receipt + "/verify.go",
+		"if h.Key != k.Index {\n			return fmt.Errorf(\"it names", "if false {\n			return fmt.Errorf(\"it names",
+		receipt, "TestStolenDailyKeys",
+	},
+	{
+		"keys/revoked-beyond-pin", receipt + "/verify.go",
+		"k.Key == out.Keys[0].Key && c.size > k.Size {", "k.Key == out.Keys[0].Key && false {",
+		receipt, "TestRevoked",
+	},
+	{
+		"keys/pin-without-proof", receipt + "/verify.go",
+		"case !found && pin.Size != c.size:", "case false:",
+		receipt, "TestRevoked",
+	},
+	{
+		"keys/beyond-the-seal", receipt + "/verify.go",
+		"if s := r.seal; s != nil && (", "if s := r.seal; s != nil && false && (",
+		receipt, "TestSealed",
+	},
+	{"keys/audit-size", receipt + "/keyaudit.go", "case ks.FirstSize != index:", "case false:", receipt, "TestKeyAudit"},
+	{"keys/audit-header", receipt + "/keyaudit.go", "case h.Key != k.Index:", "case false:", receipt, "TestKeyAudit"},
+	{"keys/audit-end", receipt + "/keyaudit.go", "case h.Time.After(ks.NotAfter):", "case false:", receipt, "TestKeyAudit"},
+	{"keys/age", rotation + "/signer.go", "end: end, limit:", "end: end.AddDate(1, 0, 0), limit:", rotation, "TestSignerRefuses"},
+	{
+		"keys/range", rotation + "/signer.go",
+		", head.Size > k.limit:", ":",
+		rotation, "TestSignerRefuses",
+	},
+	{
+		"keys/two-roots", rotation + "/signer.go",
+		"head.Root != k.signed.Root:", "false:",
+		rotation, "TestSignerRefuses",
+	},
+	{"keys/line-of-one-key", rotation + "/signer.go", "k := s.pinned\n", "k := s.m.inForce()\n", rotation, "TestSignerPins"},
+	{
+		"keys/untrusted-clock", rotation + "/open.go",
+		"if cfg.Clock.Behind() > 0 && ", "if false && cfg.Clock.Behind() > 0 && ",
+		rotation, "TestClockAtBoot",
+	},
+	{
+		"keys/clock-floor", rotation + "/clock.go",
+		"return &Clock{now: now, floor: floor.Round(0).UTC(), at: at}", "return &Clock{now: now, floor: floor.Round(0).UTC().AddDate(-1, 0, 0), at: at}",
+		rotation, "TestClock",
+	},
+	{
+		"keys/state-before-statement", rotation + "/machine.go",
+		"return m.save(ctx, func(s *State) { s.Next, s.Prepared = next, nil })", "m.st.Next, m.st.Prepared = next, nil\n	return nil",
+		rotation, "TestEveryCall",
+	},
 
 	// What decides.
 	{"beat/no-more-than-capacity", "policy/beat/beat.go", " && w&creditMask >= zero {", " {", "policy/beat", "TestNeverMoreThanCapacity"},

@@ -11,7 +11,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/knhk/sidecar/e2e/fault"
 	"github.com/knhk/sidecar/e2e/harness"
@@ -98,7 +97,7 @@ func (w *world) restart(r *stack.Stack) error {
 	if err := r.Knhk.Signal(syscall.SIGTERM); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(w.t.Context(), harness.Patience)
 	defer cancel()
 	if err := r.Knhk.Wait(ctx); err != nil {
 		return fmt.Errorf("replica %s after SIGTERM: %w", r.Instance, err)
@@ -185,15 +184,15 @@ func TestReload(t *testing.T) {
 			changes, last := 0, 0
 			for _, e := range mine {
 				n, err := strconv.Atoi(strings.TrimPrefix(e.d.Tenant, "t"))
-				// A decision that was being made while the next two reloads came is behind by as much.
-				if err != nil || n < last-2 || n > w.reloaded {
+				// A decision that was being made while the next reloads came is behind by as much: few, unless nobody got a processor.
+				if err != nil || n < last-20 || n > w.reloaded {
 					w.t.Errorf("replica %s: tenant %q after t%d", r.Instance, e.d.Tenant, last)
 				}
 				if n > last {
 					changes, last = changes+1, n
 				}
 			}
-			if changes < w.reloaded/3 || last < w.reloaded-3 {
+			if changes < w.reloaded/10 || last < w.reloaded-20 {
 				w.t.Errorf("replica %s: records of %d tenants, the last t%d, after %d reloads", r.Instance, changes, last, w.reloaded)
 			}
 		}
@@ -273,7 +272,7 @@ func TestOutlivesItsReplica(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		if err := c.Write(harness.Request{Target: fmt.Sprintf("/p/do/slow/6000?%d", i)}.Bytes()); err != nil {
+		if err := c.Write(harness.Request{Target: fmt.Sprintf("/p/do/slow/12000?%d", i)}.Bytes()); err != nil {
 			t.Fatal(err)
 		}
 		conns = append(conns, c)
@@ -303,7 +302,7 @@ func TestOutlivesItsReplica(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		sent = append(sent, request{target: fmt.Sprintf("/p/do/slow/6000?%d", i), class: "W1", status: resp.Status,
+		sent = append(sent, request{target: fmt.Sprintf("/p/do/slow/12000?%d", i), class: "W1", status: resp.Status,
 			id: resp.Header.Get("X-Knhk-Receipt")})
 	}
 	w.audit(sent)

@@ -11,8 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/knhk/sidecar/crypto/receipt"
 	"github.com/knhk/sidecar/e2e/harness"
 	"github.com/knhk/sidecar/e2e/stack"
@@ -61,7 +59,7 @@ type world struct {
 func start(t *testing.T, capture string) *world {
 	t.Helper()
 	harness.RequireEnvoy(t)
-	dir := harness.Directory(t, quietPlace())
+	dir := harness.Directory(t, "")
 	s, err := stack.New(t.Context(), stack.Config{Dir: dir, YAML: configured("t0"), Capture: capture, Replicas: 2})
 	if err != nil {
 		t.Fatal(err)
@@ -73,17 +71,6 @@ func start(t *testing.T, capture string) *world {
 	}
 	w.settled()
 	return w
-}
-
-// quietPlace is a directory in memory, if there is one with room: these tests are about processes, and a disk that somebody else
-// keeps busy for longer than a commit_timeout refuses requests as it must. Else it is the usual one.
-func quietPlace() string {
-	const place, room = "/dev/shm", 1 << 30
-	var fs unix.Statfs_t
-	if err := unix.Statfs(place, &fs); err != nil || fs.Type != unix.TMPFS_MAGIC || fs.Bavail*uint64(fs.Bsize) < room {
-		return ""
-	}
-	return place
 }
 
 // end stops what still runs. A test that has come to its end has called audit before.
@@ -114,14 +101,14 @@ func (w *world) end() {
 // eventually polls ok until it returns nil; its last error fails the test.
 func (w *world) eventually(what string, ok func() error) {
 	w.t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(harness.Patience)
 	for {
 		err := ok()
 		if err == nil {
 			return
 		}
 		if time.Now().After(deadline) {
-			w.t.Fatalf("not within 30 s: %s: %v", what, err)
+			w.t.Fatalf("not within %v: %s: %v", harness.Patience, what, err)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}

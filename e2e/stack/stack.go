@@ -8,6 +8,7 @@ package stack
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -41,6 +42,8 @@ type Config struct {
 	EditBootstrap func([]byte) []byte
 	// UnixSocket has Envoy talk to knhk over a unix socket.
 	UnixSocket bool
+	// Race has the service built with the race detector; the commands are not.
+	Race bool
 	// Replicas is how many knhk stand behind the Envoy; default 1. See Stack.Others.
 	Replicas int
 }
@@ -73,30 +76,43 @@ type Stack struct {
 	origin string
 	keyURI func(label string) string
 	starts int
+	race   string // the program that serves; empty: Bin
 
 	replicas []*Stack // all of them, for every one's configuration
 }
 
-var build = sync.OnceValues(func() (string, error) {
+var (
+	build     = sync.OnceValues(func() (string, error) { return goBuild("knhk") })
+	buildRace = sync.OnceValues(func() (string, error) { return goBuild("knhk-race", "-race") })
+)
+
+func goBuild(name string, flags ...string) (string, error) {
 	root, err := harness.ModuleRoot()
 	if err != nil {
 		return "", err
 	}
-	// Built into the ignored bin/ of the module, so that one build serves every test binary of a run.
-	bin := filepath.Join(root, "bin", "knhk")
-	cmd := exec.Command("go", "build", "-trimpath", "-o", bin, "./server/knhk")
+	// Built into the ignored bin/ of the module, so that one build serves every test binary of a run. Without -trimpath, so that what go
+	// test has compiled before is not compiled once more.
+	bin := filepath.Join(root, "bin", name)
+	cmd := exec.Command("go", append(append([]string{"build"}, flags...), "-o", bin, "./server/knhk")...)
 	cmd.Dir = root
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build knhk: %w\n%s", err, out)
 	}
 	return bin, nil
-})
+}
 
 // New prepares a stack: program, keys, upstream and files. It starts the upstream only.
 func New(ctx context.Context, cfg Config) (*Stack, error) {
 	bin, err := build()
 	if err != nil {
 		return nil, err
+	}
+	race := ""
+	if cfg.Race {
+		if race, err = buildRace(); err != nil {
+			return nil, err
+		}
 	}
 	s, err := prepare(cfg, bin, "a")
 	if err != nil {
@@ -116,7 +132,7 @@ func New(ctx context.Context, cfg Config) (*Stack, error) {
 		return nil, err
 	}
 	for _, r := range s.All() {
-		r.Upstream, r.replicas = s.Upstream, s.All()
+		r.Upstream, r.replicas, r.race = s.Upstream, s.All(), race
 		if err := r.WriteConfig(cfg.YAML); err != nil {
 			return nil, err
 		}
@@ -226,7 +242,7 @@ func (s *Stack) Start(ctx context.Context) error {
 // StartKnhk starts knhk and waits until it is ready.
 func (s *Stack) StartKnhk(ctx context.Context) (err error) {
 	s.Knhk, err = harness.StartProcess(ctx, harness.ProcessConfig{
-		Name: "knhk", Path: s.Bin, Args: append([]string{"serve", "--config", s.ConfigFile}, s.Args...), Env: s.env, Dir: s.Dir,
+		Name: "knhk", Path: cmp.Or(s.race, s.Bin), Args: append([]string{"serve", "--config", s.ConfigFile}, s.Args...), Env: s.env, Dir: s.Dir,
 		Log: filepath.Join(s.Dir, "knhk.log"), Ready: harness.HTTPReady("http://" + s.Admin + "/readyz"),
 	})
 	return err
@@ -303,7 +319,7 @@ func (s *Stack) List(ctx context.Context, limit int, more ...string) ([]Record, 
 
 // Await asks for the newest receipts until ok says that they are as expected; the last list is returned in any case.
 func (s *Stack) Await(ctx context.Context, limit int, ok func([]Record) bool) ([]Record, error) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, harness.Patience)
 	defer cancel()
 	var list []Record
 	for {

@@ -8,9 +8,9 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/knhk/sidecar/e2e/fault"
+	"github.com/knhk/sidecar/e2e/harness"
 )
 
 // TestTailCut cuts the write-ahead log at each byte of the last batch that was not synced when the power went: what was
@@ -63,13 +63,13 @@ func (w *world) cutImage() (im *image, path string, off, size int64) {
 		w.newborn()
 		w.must(w.start())
 		stop := w.load(mixes[0]...)
-		w.must(w.eventually(20*time.Second, func() error {
+		w.must(w.eventually(harness.Patience, func() error {
 			if n := w.ackedCount(); n < 60 {
 				return fmt.Errorf("%d requests answered", n)
 			}
 			return nil
 		}))
-		w.must(w.eventually(10*time.Second, func() error {
+		w.must(w.eventually(harness.Patience, func() error {
 			if _, _, n := w.disk.LastUnsynced(".wal"); n == 0 {
 				return fmt.Errorf("everything is synced")
 			}

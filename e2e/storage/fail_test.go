@@ -169,7 +169,7 @@ func (w *world) failing(s callSite, errno syscall.Errno, rng *rand.Rand) (hits i
 	where := fmt.Sprintf("%v, %v after %d calls, %d failed, %s", s, errno, f.Skip, hits, how)
 	w.disk.ClearFaults() // there is space again, and the disk works
 	if how == "refused for a while" {
-		if err := w.eventually(20*time.Second, w.admits); err != nil {
+		if err := w.eventually(harness.Patience, w.admits); err != nil {
 			w.t.Fatalf("%s: does not admit when the fault is over: %v", where, err)
 		}
 	}

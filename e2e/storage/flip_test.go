@@ -18,6 +18,7 @@ import (
 
 	"github.com/knhk/sidecar/e2e/fault"
 	"github.com/knhk/sidecar/e2e/faultfs"
+	"github.com/knhk/sidecar/e2e/harness"
 )
 
 // image is everything that a stopped knhk has on its disk, state and keys, and what it holds.
@@ -31,7 +32,7 @@ func (w *world) takeImages() []*image {
 	w.t.Helper()
 	w.must(w.start())
 	stop := w.load(mixes[0]...)
-	w.must(w.eventually(20*time.Second, func() error {
+	w.must(w.eventually(harness.Patience, func() error {
 		if n := w.ackedCount(); n < 300 {
 			return fmt.Errorf("%d requests answered", n)
 		}
@@ -65,7 +66,7 @@ func (w *world) image() *image {
 	im := &image{files: map[string][]byte{}}
 	root := filepath.Dir(w.StateDir)
 	w.must(filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
+		if err != nil || !d.Type().IsRegular() { // a dead process's socket holds nothing
 			return err
 		}
 		im.files[path[len(root)+1:]], err = os.ReadFile(path)
@@ -183,7 +184,11 @@ func (w *world) damaged(im *image) (how string, err error) {
 			w.kill()
 		}
 	}()
-	raw, read := w.export()
+	limit := harness.Patience
+	if audit != nil { // there is a reason not to settle, and it has been named
+		limit = 10 * time.Second
+	}
+	raw, read := w.export(limit)
 	var told map[string]string
 	if read == nil {
 		tr, err := readTranscript(raw)
@@ -216,10 +221,10 @@ func (w *world) damaged(im *image) (how string, err error) {
 
 var errIncomplete = errors.New("it does not settle")
 
-// export waits until everything is signed, exports every receipt and verifies each.
-func (w *world) export() ([]byte, error) {
+// export waits until everything is signed, for limit at most, exports every receipt and verifies each.
+func (w *world) export(limit time.Duration) ([]byte, error) {
 	file := filepath.Join(w.Dir, "receipts.new")
-	if err := w.eventually(10*time.Second, func() error {
+	if err := w.eventually(limit, func() error {
 		select {
 		case <-w.Knhk.Exited():
 			return nil

@@ -44,7 +44,7 @@ func (w *world) powerLoss(run *fault.Run, rng *rand.Rand, round int) {
 	levels := mixes[rng.IntN(len(mixes))]
 	stop := w.load(levels...)
 	before := w.ackedCount()
-	w.must(w.eventually(20*time.Second, func() error {
+	w.must(w.eventually(harness.Patience, func() error {
 		if n := w.ackedCount() - before; n < 20 {
 			return fmt.Errorf("%d requests answered", n)
 		}

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -80,7 +81,11 @@ func newWorld(t *testing.T) *world {
 	// The kernel's boot id tells knhk whether the machine crashed. This knhk sees one that the test can change.
 	script := fmt.Sprintf("#!/bin/sh\nexec unshare --mount sh -c 'mount --bind %s /proc/sys/kernel/random/boot_id && exec %s \"$@\"' sh \"$@\"\n", w.boot, w.Bin)
 	w.Bin = filepath.Join(dir, "knhk")
-	if err := os.WriteFile(w.Bin, []byte(script), 0o700); err != nil {
+	// A process that another test starts just now would inherit the open script for a moment, in which nobody can run it (ETXTBSY).
+	syscall.ForkLock.RLock()
+	err = os.WriteFile(w.Bin, []byte(script), 0o700)
+	syscall.ForkLock.RUnlock()
+	if err != nil {
 		t.Fatal(err)
 	}
 	return w
@@ -153,7 +158,7 @@ func (w *world) start() error {
 			return err
 		}
 	}
-	return w.eventually(20*time.Second, func() error {
+	return w.eventually(harness.Patience, func() error {
 		resp, err := w.send("/p")
 		if err == nil && resp != 200 {
 			err = fmt.Errorf("status %d", resp)
@@ -287,7 +292,7 @@ func (w *world) metric(name, label string) (float64, error) {
 func (w *world) settle() (transcript, error) {
 	file := filepath.Join(w.Dir, "receipts.new")
 	var tr transcript
-	err := w.eventually(30*time.Second, func() error {
+	err := w.eventually(harness.Patience, func() error {
 		pending, err := w.metric("knhk_receipts_pending", "")
 		unsigned, err2 := w.metric("knhk_log_unsigned_seconds", "")
 		if err := errors.Join(err, err2); err != nil {

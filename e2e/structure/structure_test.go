@@ -399,8 +399,8 @@ func TestDocumentedCommandsParse(t *testing.T) {
 			found++
 			out, err := exec.Command(bin, append(words, "--help")...).CombinedOutput()
 			usage := "\n  knhk " + words[0] + " "
-			if words[0] == "receipts" && len(words) > 1 {
-				usage = "\n  knhk receipts " + words[1] + " "
+			if (words[0] == "receipts" || words[0] == "keys") && len(words) > 1 {
+				usage = "\n  knhk " + words[0] + " " + words[1] + " "
 			}
 			if err != nil || !strings.Contains(string(out), usage) {
 				t.Errorf("%s: knhk %s: %v, want help with %q:\n%s", name, strings.Join(words, " "), err, usage, out)

@@ -8,7 +8,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/knhk/sidecar/e2e/audited"
 	"github.com/knhk/sidecar/e2e/harness"
@@ -123,7 +122,7 @@ func refusals(w *world) {
 	w.t.Helper()
 	w.Configure(edited("R1CAP", "1", "W1CAP", "1", "W1WAIT", "100ms"))
 	seen := map[string]bool{}
-	w.Eventually("hot and warm requests are refused, warm ones parked", 30*time.Second, func() error {
+	w.Eventually("hot and warm requests are refused, warm ones parked", func() error {
 		var wg sync.WaitGroup
 		var mu sync.Mutex
 		var fault error
@@ -201,7 +200,7 @@ func checkRefusals(w *world, tr audited.Transcript) {
 func leaveWhileParked(w *world) {
 	w.t.Helper()
 	w.Configure(edited("R1CAP", "4096", "W1CAP", "1", "W1WAIT", "800ms"))
-	w.Eventually("a client leaves while its request is parked", 30*time.Second, func() error {
+	w.Eventually("a client leaves while its request is parked", func() error {
 		var conns []*harness.Conn
 		before := w.Reached("parked")
 		for i := range 8 {
@@ -249,7 +248,7 @@ func checkParked(w *world, tr audited.Transcript) {
 func dryRun(w *world) {
 	w.t.Helper()
 	w.Configure(edited("R1CAP", "1", "W1CAP", "1", "W1WAIT", "0s", "DRYRUN", "true"))
-	w.Eventually("requests without a credit pass", 30*time.Second, func() error {
+	w.Eventually("requests without a credit pass", func() error {
 		for range 4 {
 			for name, target := range map[string]string{"dry-r1": "/hot", "dry-w1": "/p"} {
 				w.wantStatus(name, w.Get(name, target), 200)

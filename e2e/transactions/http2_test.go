@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"go.yaml.in/yaml/v3"
 	"golang.org/x/net/http2"
@@ -199,7 +198,7 @@ func resetStreams(w *world) {
 			c.flush()
 		}
 		var list []*audited.Entry
-		w.Eventually(m.name+": every stream is accounted for", 20*time.Second, func() error {
+		w.Eventually(m.name+": every stream is accounted for", func() error {
 			all, err := w.Metrics()
 			if err != nil {
 				return err
@@ -434,7 +433,7 @@ func TestLongWebsocket(t *testing.T) {
 			w.wantStatus("beside", w.Get("beside", "/p"), http.StatusOK)
 		}
 		w.Until("only the websocket is pending", func() bool { return w.Metric("knhk_receipts_pending") == 1 })
-		w.Eventually("sealed", 20*time.Second, func() error {
+		w.Eventually("sealed", func() error {
 			list, err := w.List(t.Context(), 10)
 			if err != nil {
 				return err

@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/quic-go/quic-go"
 	"github.com/quic-go/quic-go/http3"
 	"go.yaml.in/yaml/v3"
 
@@ -103,12 +104,13 @@ func TestHTTP3(t *testing.T) {
 		cert, key, roots := certificate(t)
 		w := start(t, stack.Config{YAML: edited(), Capture: capture, EditBootstrap: func(b []byte) []byte { return withQUIC(t, b, cert, key) }})
 		client := func() *http3.Transport {
-			return &http3.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS13}}
+			return &http3.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS13},
+				QUICConfig: &quic.Config{HandshakeIdleTimeout: harness.Patience, MaxIdleTimeout: harness.Patience}}
 		}
 		// do sends one request on a connection of its own, and has use look at the response; cancel resets the stream.
 		do := func(name, method, target, body string, use func(resp *http.Response, err error, cancel func(), tr *http3.Transport)) {
 			t.Helper()
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), harness.Patience)
 			defer cancel()
 			var r io.Reader
 			if body != "" {

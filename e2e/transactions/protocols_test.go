@@ -125,7 +125,7 @@ func withGRPC(w *world, name string, call func(context.Context, grpc_testing.Tes
 		w.t.Fatal(err)
 	}
 	defer conn.Close()
-	ctx, cancel := context.WithTimeout(w.t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(w.t.Context(), harness.Patience)
 	defer cancel()
 	if err := call(ctx, grpc_testing.NewTestServiceClient(conn)); err != nil {
 		w.t.Errorf("%s: %v", name, err)
@@ -136,7 +136,7 @@ func withGRPC(w *world, name string, call func(context.Context, grpc_testing.Tes
 func h2(_ *world) *http.Client {
 	p := new(http.Protocols)
 	p.SetUnencryptedHTTP2(true)
-	return &http.Client{Transport: &http.Transport{Protocols: p}, Timeout: 20 * time.Second}
+	return &http.Client{Transport: &http.Transport{Protocols: p}, Timeout: harness.Patience}
 }
 
 func h2Request(w *world, name, method, target string, body io.Reader) *http.Request {

@@ -50,7 +50,7 @@ var request = []byte("GET / HTTP/1.1\r\nHost: bench\r\n\r\n")
 
 func TestClosedLoop(t *testing.T) {
 	addr := server(t, "200 OK", func(int64) {})
-	r, err := Run(t.Context(), Config{Addr: addr, Request: request, Conns: 4, Length: 100 * time.Millisecond})
+	r, err := Run(t.Context(), Config{Addr: addr, Request: request, Conns: 4, Length: time.Second})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,7 +97,7 @@ func TestStallCountsForAllItDelays(t *testing.T) {
 
 func TestRefusalsAreNotAnswers(t *testing.T) {
 	addr := server(t, "503 Service Unavailable", func(int64) {})
-	r, err := Run(t.Context(), Config{Addr: addr, Request: request, Conns: 1, Length: 20 * time.Millisecond})
+	r, err := Run(t.Context(), Config{Addr: addr, Request: request, Conns: 1, Length: time.Second})
 	if err != nil || len(r.Latencies) != 0 || r.Failed == 0 {
 		t.Errorf("%+v, %v", r, err)
 	}
