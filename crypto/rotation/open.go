@@ -13,6 +13,11 @@ import (
 
 var discard = slog.New(slog.DiscardHandler)
 
+// wallSlack is how far the wall clock may be behind the log's time at a start and still count as not set back. Wall and monotonic
+// time are two readings with a moment between them, and NTP slews the wall: the floor, which follows both, comes to stand a little
+// ahead. It extends nothing, since key age is counted from the later of the two.
+const wallSlack = 500 * time.Millisecond
+
 func open(ctx context.Context, cfg Config) (*Manager, error) {
 	m, err := newManager(cfg)
 	if err != nil {
@@ -41,7 +46,7 @@ func open(ctx context.Context, cfg Config) (*Manager, error) {
 		return nil, errors.New("store, label and an identity key named after the origin are required")
 	}
 	// Durable floor and wall are compared before anything moves the floor.
-	if cfg.Clock.Behind() > 0 && (s.Current != nil || s.Next != nil) {
+	if cfg.Clock.Behind() > wallSlack && (s.Current != nil || s.Next != nil) {
 		m.boot = distrust{receipt.EndedUntrusted, lastIndex(s)}
 		m.cfg.Log.WarnContext(ctx, "the wall clock is behind the log's time: the daily key is replaced before anything is signed",
 			"behind", cfg.Clock.Behind(), "log_time", cfg.Clock.Now())

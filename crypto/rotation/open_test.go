@@ -244,6 +244,7 @@ func TestClockAtBoot(t *testing.T) {
 		{"due", 17 * time.Hour, 0, receipt.EndedRotated},
 		{"expired", 24 * time.Hour, 0, receipt.EndedExpired},
 		{"a month later", 30 * 24 * time.Hour, 0, receipt.EndedExpired},
+		{"back by no more than readings differ", 0, -wallSlack, ""},
 		{"back by a second", 0, -time.Second, receipt.EndedUntrusted},
 		{"back by ten years", time.Hour, -10 * 365 * 24 * time.Hour, receipt.EndedUntrusted},
 		{"ahead by ten years", time.Hour, 10 * 365 * 24 * time.Hour, receipt.EndedExpired},
