@@ -26,10 +26,6 @@ func NewClock(wall func() time.Time, floor time.Time) *Clock {
 	}, floor)
 }
 
-func newClock(wall func() time.Time, mono func() time.Duration, floor time.Time) *Clock {
-	return makeClock(func() (time.Time, time.Duration) { return wall(), mono() }, floor)
-}
-
 func makeClock(now func() (time.Time, time.Duration), floor time.Time) *Clock {
 	_, at := now()
 	return &Clock{now: now, floor: floor.Round(0).UTC(), at: at}

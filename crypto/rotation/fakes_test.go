@@ -97,8 +97,7 @@ func (c *testTime) jump(d time.Duration) {
 }
 
 func (c *testTime) clock(floor time.Time) *Clock {
-	return newClock(func() time.Time { c.mu.Lock(); defer c.mu.Unlock(); return c.wall },
-		func() time.Duration { c.mu.Lock(); defer c.mu.Unlock(); return c.mono }, floor)
+	return makeClock(func() (time.Time, time.Duration) { c.mu.Lock(); defer c.mu.Unlock(); return c.wall, c.mono }, floor)
 }
 
 // memStore is a key store in memory. It outlives processes.

@@ -34,7 +34,13 @@ type KeyRecord = rotation.Record
 type journal struct{ l *Log }
 
 // Load returns the state, nil when there is none yet.
-func (j journal) Load(context.Context) (*rotation.State, error) { return j.l.store.loadKeys() }
+func (j journal) Load(context.Context) (*rotation.State, error) {
+	st, err := j.l.store.loadKeys()
+	if err != nil || st == nil {
+		return nil, err
+	}
+	return st, j.l.notePins(st)
+}
 
 // Save writes the state, and the statement of the key in force for those who look for it by its place, in one synced batch. After
 // a fault it writes nothing: what the disk holds is then for the next start to find out.
@@ -128,15 +134,6 @@ func (l *Log) notePins(st *rotation.State) error {
 
 // openKeys opens what keeps the daily keys. It runs before the transparency log is opened, which needs a signer.
 func (l *Log) openKeys(ctx context.Context) error {
-	st, err := l.store.loadKeys()
-	if err != nil {
-		return fmt.Errorf("open daily keys: %w", err)
-	}
-	if st != nil {
-		if err := l.notePins(st); err != nil {
-			return fmt.Errorf("open daily keys: %w", err)
-		}
-	}
 	cfg := rotation.Config{
 		Origin: l.id.Origin, Store: l.cfg.Daily, Label: l.cfg.DailyLabel, Algorithm: l.cfg.DailyAlgorithm, Interval: l.cfg.DailyMaxAge,
 		Journal: journal{l}, Clock: l.clock, SignTimeout: signTimeout, Log: l.log, Succeeds: l.cfg.Succeeds,
@@ -145,6 +142,7 @@ func (l *Log) openKeys(ctx context.Context) error {
 	if !l.readOnly {
 		cfg.Identity = l.identity
 	}
+	var err error
 	if l.keys, err = rotation.Open(ctx, cfg); err != nil {
 		return fmt.Errorf("open daily keys: %w", err)
 	}
