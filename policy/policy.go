@@ -81,6 +81,9 @@ const (
 	ReasonOK             Reason = "ok"                 // admitted with a credit of the current tick
 	ReasonWaited         Reason = "waited"             // admitted with a credit of a later tick
 	ReasonNoCredit       Reason = "no_credit"          // 429: no tick within the class's max_wait had a credit left
+	ReasonAuthzForbid    Reason = "authz_forbidden"    // 403: an authorisation rule forbids it
+	ReasonAuthzNone      Reason = "authz_no_rule"      // 403: there are authorisation rules, and none permits it
+	ReasonAuthzError     Reason = "authz_rule_error"   // 403: an authorisation rule failed or exceeded its cost
 	ReasonUnknownClass   Reason = "unknown_class"      // 503: no rule or route gave a class
 	ReasonClassRule      Reason = "class_rule_error"   // 503: a CEL rule failed or exceeded its cost
 	ReasonBodyMode       Reason = "body_mode_mismatch" // 503: the route is classified by body, Envoy does not send it
@@ -108,9 +111,20 @@ type Request struct {
 	SPIFFEID  string // URI SAN of the client's certificate, from the connection, never from a header
 	TraceID   [16]byte
 	SpanID    [8]byte // the caller's span; TraceID and SpanID are zero without a traceparent in the gRPC metadata
-	HasBody   bool    // Body was buffered and is complete
-	Body      []byte  // only on routes classified by body; borrowed until the decision is made
-	BodyLarge bool    // the body exceeds the route's limit, or may: it was sent without a length; Body is nil
+	TCP       bool    // a connection, not an HTTP request: only Authority (the address it goes to), Source and SPIFFEID are known
+	// Parent is the knhk-parent header: the receipt id that the Envoy before this one has for the request. A claim of whoever has
+	// SPIFFEID.
+	Parent string
+	// Decided is the receipt id that an earlier filter of the same Envoy got for this request, from its dynamic metadata; see
+	// server/admit. Empty when this is the first to ask.
+	Decided string
+	// Filter is who asks, "ext_proc" or "ext_authz": the source of an outcome that is known with the answer. Empty: ext_proc.
+	Filter string
+	// GapCounted: an earlier filter of the same Envoy let this request pass without a receipt, and that was counted then.
+	GapCounted bool
+	HasBody    bool   // Body was buffered and is complete
+	Body       []byte // only on routes classified by body; borrowed until the decision is made
+	BodyLarge  bool   // the body exceeds the route's limit, or may: it was sent without a length; Body is nil
 	// BodyMissing: the route is classified by body, but Envoy is not set up to send it, so nobody can classify this request.
 	// It is refused with ReasonBodyMode.
 	BodyMissing bool
@@ -123,7 +137,8 @@ type Decision struct {
 	Verdict    Verdict
 	Reason     Reason
 	Rule       string        // name of the class rule or route that gave the class
-	Status     int           // HTTP status of a refusal: 429 or 503; 0 when admitted
+	Authz      string        // name of the authorisation rule that decided; empty when none did
+	Status     int           // HTTP status of a refusal: 403, 429 or 503; 0 when admitted
 	RetryAfter time.Duration // when a refused request may find a free tick; 0 for "do not say"
 	Excluded   bool          // the route is excluded: passes, no record
 	Gap        bool          // passes without a record because the route says on_receipt_failure: allow
@@ -148,7 +163,7 @@ const (
 
 // Outcome is what became of a transaction, as Envoy told it.
 type Outcome struct {
-	Source         string // who told: "als", "ext_proc" or "recovery"
+	Source         string // who told: "als", "ext_proc", "ext_authz" or "recovery"
 	Result         Result
 	Status         int           // response code sent downstream; 0 when none was
 	UpstreamStatus int           // status the upstream gave, when known apart from Status; else 0

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
+	"github.com/knhk/sidecar/server/access"
 	"github.com/knhk/sidecar/server/envoywire"
 )
 
@@ -25,8 +26,9 @@ import (
 //	connections       256 x 0.3 MiB of buffers                                              77 MiB
 //	open streams      16,384 x about 20 KiB (a goroutine, gRPC's stream, header fields)    320 MiB
 //	unread bytes      48 MiB, and 0.25 MiB of every connection, before one is closed       112 MiB
+//	TLS handshakes    256 x at most 0.3 MiB of a client's certificates, while they last      77 MiB
 //
-// Bytes are counted as they come off the socket and taken off when a message is complete, so that unfinished messages, unread windows,
+// Bytes are counted as they come off the socket, decrypted where there is TLS, and taken off when a message is complete, so that unfinished messages, unread windows,
 // endless header blocks and floods of control frames count alike. DATA frames of one byte cost gRPC some ten times what they
 // count, and what a peer finishes earns it credit: one that mixes many small messages with unfinished ones is held by flow control
 // alone, 64 MiB a connection. The garbage collector is told to work harder from memoryLimit on.
@@ -66,8 +68,9 @@ type guardedListener struct {
 	g *guard
 }
 
-// Accept gives the next connection. Above maxConns it makes room by closing the oldest that never sent a message, and if there is
-// none the newcomer is closed: to wait instead would leave an Envoy in the queue without a word.
+// Accept gives the next connection. Above maxConns it makes room by closing the oldest that never sent a message, first among those whose
+// handshake is not done: anybody can begin one. If there is none the newcomer is closed: to wait instead would leave an Envoy in the
+// queue without a word.
 func (l guardedListener) Accept() (net.Conn, error) {
 	for {
 		c, err := l.Listener.Accept()
@@ -88,7 +91,7 @@ func (g *guard) admit(c net.Conn) *peerConn {
 	if len(g.conns) >= maxConns {
 		var oldest *peerConn
 		for o := range g.conns {
-			if !o.spoke.Load() && (oldest == nil || o.born.Before(oldest.born)) {
+			if !o.spoke.Load() && (oldest == nil || o.sooner(oldest)) {
 				oldest = o
 			}
 		}
@@ -108,9 +111,10 @@ type peerConn struct {
 	net.Conn
 	g     *guard
 	born  time.Time
-	spoke atomic.Bool             // a whole message came
-	held  atomic.Int64            // bytes that came and are not accounted for by a message or a stream's end; may be below 0 for a tick
-	mutes [muteTicks]atomic.Int64 // streams without a message, by the tick in which they began
+	who   atomic.Pointer[access.Who] // nil until the handshake is done
+	spoke atomic.Bool                // a whole message came
+	held  atomic.Int64               // bytes that came and are not accounted for by a message or a stream's end; may be below 0 for a tick
+	mutes [muteTicks]atomic.Int64    // streams without a message, by the tick in which they began
 }
 
 // Network and String make the connection its own remote address.
@@ -120,7 +124,11 @@ func (c *peerConn) RemoteAddr() net.Addr { return c }
 
 // Read counts, and ends the connection when it is too much.
 func (c *peerConn) Read(b []byte) (int, error) {
-	n, err := c.Conn.Read(b)
+	return c.count(c.Conn.Read(b))
+}
+
+// count counts n bytes that were read: off the socket, or decrypted.
+func (c *peerConn) count(n int, err error) (int, error) {
 	held, all := c.held.Add(int64(n)), c.g.held.Add(int64(n))
 	if held > maxHeldConn || held > fairHeld && all > maxHeld {
 		c.g.closed.Add(1)
@@ -135,12 +143,40 @@ func (c *peerConn) settle(n int) {
 	c.g.held.Add(int64(-n))
 }
 
-// Close closes it and gives up its place.
+// Close closes it and gives up its place. TLS or not, the connection below is closed: nothing is waited for.
 func (c *peerConn) Close() error {
+	c.leave()
+	return c.Conn.Close()
+}
+
+func (c *peerConn) leave() {
 	c.g.mu.Lock()
 	delete(c.g.conns, c)
 	c.g.mu.Unlock()
-	return c.Conn.Close()
+}
+
+// sooner says whether c goes before o where room is needed.
+func (c *peerConn) sooner(o *peerConn) bool {
+	if known := c.who.Load() != nil; known != (o.who.Load() != nil) {
+		return !known
+	}
+	return c.born.Before(o.born)
+}
+
+// expel closes the connections of those who may do nothing here any more.
+func (g *guard) expel(knows func(access.Who) bool) {
+	var out []*peerConn
+	g.mu.Lock()
+	for c := range g.conns {
+		if who := c.who.Load(); who != nil && !knows(*who) {
+			out = append(out, c)
+		}
+	}
+	g.mu.Unlock()
+	for _, c := range out {
+		g.log.Warn("connection of an Envoy closed: its role was taken away", "peer", c.who.Load().String())
+		c.Close()
+	}
 }
 
 func (c *peerConn) silent() (n int64) {

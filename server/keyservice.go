@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"strings"
 	"time"
 	"unicode"
@@ -20,6 +19,7 @@ import (
 	"github.com/knhk/sidecar/crypto/receipt"
 	"github.com/knhk/sidecar/crypto/rotation"
 	"github.com/knhk/sidecar/region/receiptlog"
+	"github.com/knhk/sidecar/server/access"
 )
 
 // maxReason bounds why a key was revoked or a log sealed, in bytes; it is signed and kept for ever.
@@ -42,8 +42,8 @@ type keyService struct {
 	identityCustody, dailyCustody string // where the identity key and the daily keys live, in words
 }
 
-func (s *keyService) handler() http.Handler {
-	mux := http.NewServeMux()
+func (s *keyService) handler() *access.Mux {
+	mux := &access.Mux{}
 	mux.Handle(adminv1connect.NewKeyServiceHandler(s))
 	return mux
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/fsnotify/fsnotify"
 
+	"github.com/knhk/sidecar/server/access"
 	"github.com/knhk/sidecar/server/config"
 )
 
@@ -81,5 +82,9 @@ func (s *Server) tryReload() error {
 		return err
 	}
 	s.cfg.Store(next)
+	// Calls over HTTP of those who may no longer make them end with it. What Envoy asks is judged call by call, but an access log has one for
+	// as long as its connection lives: the connections of those who lost the role are closed.
+	s.access.Set(access.NewGrants(next.Roles))
+	s.guard.expel(func(w access.Who) bool { return s.access.Knows(access.OnEnvoy, w) })
 	return nil
 }

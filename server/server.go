@@ -2,7 +2,7 @@
 //
 // Start, each step needing the one before it:
 //
-//	configuration -> keys (none for a sealed log) -> receipt log (recovers what a crash left) -> admission -> listeners -> SERVING
+//	configuration -> identity -> keys (none for a sealed log) -> receipt log (recovers what a crash left) -> admission -> listeners -> SERVING
 //
 // Stop, on the end of Run's context (SIGTERM):
 //
@@ -16,11 +16,8 @@ package server
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
-	"path/filepath"
 	"sync/atomic"
 	"time"
 
@@ -31,19 +28,20 @@ import (
 	"google.golang.org/grpc/keepalive"
 
 	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
+	"github.com/knhk/sidecar/crypto/spiffe"
 	"github.com/knhk/sidecar/region/receiptlog"
+	"github.com/knhk/sidecar/server/access"
 	"github.com/knhk/sidecar/server/accesslog"
-	"github.com/knhk/sidecar/server/admin"
 	"github.com/knhk/sidecar/server/admit"
 	"github.com/knhk/sidecar/server/config"
-	"github.com/knhk/sidecar/server/control"
 	"github.com/knhk/sidecar/server/envoywire"
+	"github.com/knhk/sidecar/server/extauthz"
 	"github.com/knhk/sidecar/server/extproc"
 	"github.com/knhk/sidecar/server/telemetry"
 )
 
 // Measured through Envoy on two cores: 64 stream workers save the growth of a new stack for each request, large buffers save
-// system calls. What peers of the Envoy-facing listener can take at worst, all of them together, is bounded in guard.go: 509 MiB.
+// system calls. What peers of the Envoy-facing listener can take at worst, all of them together, is bounded in guard.go: 586 MiB.
 const (
 	streamWorkers  = 64
 	ioBuffer       = 128 << 10
@@ -61,6 +59,9 @@ const (
 	httpHeaderTime = 5 * time.Second
 	httpIdle       = 2 * time.Minute
 	stopWait       = 15 * time.Second
+	// Parts of identity.svid_ttl. An issuer renews a certificate after half of its life, so one that a connection begins with has half of it
+	// left. gRPC says GOAWAY at connLife, give or take a tenth, and ends what is left connGrace later: after 0.45 of it at the latest.
+	connLife, connGrace = 4, 6
 )
 
 // Server is one knhk. Make it with New, then call Run once.
@@ -75,10 +76,13 @@ type Server struct {
 	grpc      *grpc.Server
 	accessLog *accesslog.Server
 	health    *health.Server
-	http      []*http.Server
-	active    atomic.Int64 // ext_proc streams open now
+	http      []endpoint
+	identity  *spiffe.Source // nil: none
+	access    *access.Authority
+	active    atomic.Int64 // ext_proc streams and ext_authz calls open now
 	stopping  atomic.Bool
 	guard     *guard
+	envoy     net.Listener // as the guard hands it out
 
 	listeners []net.Listener
 }
@@ -111,6 +115,15 @@ func New(ctx context.Context, path string, log *slog.Logger, opts ...Option) (_ 
 		}
 	}()
 	if s.metrics, err = telemetry.New(); err != nil {
+		return nil, err
+	}
+	if s.access, err = access.New(access.Config{
+		Grants: access.NewGrants(cfg.Roles), Log: log, Now: time.Now,
+		Refused: func(on access.Listener, cause access.Cause) { s.metrics.Refused(string(on), string(cause)) },
+	}); err != nil {
+		return nil, err
+	}
+	if err = s.openIdentity(ctx, cfg.Identity); err != nil {
 		return nil, err
 	}
 	if s.keys, err = openKeys(ctx, cfg, keyOptions{make: true, log: log, observe: s.metrics.KeyStore}); err != nil {
@@ -152,8 +165,17 @@ func (s *Server) buildGRPC() error {
 	if err != nil {
 		return err
 	}
+	authz, err := extauthz.New(extauthz.Config{
+		Admitter: s.pipeline, Log: s.log, Count: func(e extauthz.Event) { s.metrics.Stream(e.String()) },
+	})
+	if err != nil {
+		return err
+	}
+	ttl := s.cfg.Load().Identity.SVIDTTL // zero without identity
 	als, err := accesslog.New(accesslog.Config{
-		Sink: s.pipeline, Log: s.log, Count: func(e accesslog.Event) {
+		// A stream that began just before GOAWAY ends at a good moment, not when gRPC closes what is left.
+		MaxStreamAge: ttl / connGrace,
+		Sink:         s.pipeline, Log: s.log, Count: func(e accesslog.Event) {
 			if e == accesslog.EventMalformed || e == accesslog.EventPanic {
 				s.metrics.Unreceipted("accesslog_" + e.String())
 			}
@@ -162,24 +184,45 @@ func (s *Server) buildGRPC() error {
 	if err != nil {
 		return err
 	}
+	alive := keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout}
+	if ttl > 0 {
+		alive.MaxConnectionAge, alive.MaxConnectionAgeGrace = ttl/connLife, ttl/connGrace
+	}
+	secure := transport{s: s}
+	if !s.plain(s.cfg.Load().Listeners.Envoy) {
+		secure.tls = s.tlsFor(access.OnEnvoy, "h2")
+	}
 	s.grpc = grpc.NewServer(
+		grpc.Creds(secure),
 		grpc.ForceServerCodecV2(envoywire.Codec{}),
 		grpc.NumStreamWorkers(streamWorkers), grpc.ReadBufferSize(ioBuffer), grpc.WriteBufferSize(ioBuffer),
 		grpc.StaticStreamWindowSize(streamWindow), grpc.StaticConnWindowSize(connWindow),
 		grpc.MaxConcurrentStreams(maxStreams), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxHeaderListSize(maxMetadata),
 		grpc.ConnectionTimeout(connectTimeout),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minKeepalive, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingEvery, Timeout: pingTimeout}),
-		grpc.UnaryInterceptor(s.guard.unary),
+		grpc.KeepaliveParams(alive),
+		// The guard first: what is refused has been counted too.
+		grpc.ChainUnaryInterceptor(s.guard.unary, func(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
+			if err := s.access.CallGRPC(ctx, access.OnEnvoy, info.FullMethod); err != nil {
+				return nil, err
+			}
+			return h(ctx, req)
+		}),
 		grpc.StreamInterceptor(func(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, h grpc.StreamHandler) error {
-			if srv == ext {
+			if srv == ext || srv == authz {
 				s.active.Add(1)
 				defer s.active.Add(-1)
 			}
-			return s.guard.stream(srv, ss, info, h)
+			return s.guard.stream(srv, ss, info, func(srv any, ss grpc.ServerStream) error {
+				if err := s.access.CallGRPC(ss.Context(), access.OnEnvoy, info.FullMethod); err != nil {
+					return err
+				}
+				return h(srv, ss)
+			})
 		}),
 	)
 	ext.Register(s.grpc)
+	authz.Register(s.grpc)
 	als.Register(s.grpc)
 	s.accessLog = als
 	s.health = health.NewServer()
@@ -189,7 +232,7 @@ func (s *Server) buildGRPC() error {
 }
 
 // services are the names whose health is told; the empty one is the server as a whole.
-var services = []string{"", extproc.ServiceDesc.ServiceName, accesslog.ServiceDesc.ServiceName}
+var services = []string{"", extproc.ServiceDesc.ServiceName, extauthz.ServiceDesc.ServiceName, accesslog.ServiceDesc.ServiceName}
 
 func (s *Server) setHealth(st healthpb.HealthCheckResponse_ServingStatus) {
 	for _, name := range services {
@@ -197,50 +240,15 @@ func (s *Server) setHealth(st healthpb.HealthCheckResponse_ServingStatus) {
 	}
 }
 
-// listen binds every listener, so that a taken port is told before anything runs.
-func (s *Server) listen(ctx context.Context, cfg *config.Config) error {
-	for _, l := range []struct {
-		name string
-		addr config.Address
-	}{{"envoy", cfg.Listeners.Envoy}, {"admin", cfg.Listeners.Admin}, {"tiles", cfg.Listeners.Tiles}} {
-		if l.addr.IsZero() {
-			s.listeners = append(s.listeners, nil)
-			continue
-		}
-		ln, err := listen(ctx, l.addr)
-		if err != nil {
-			return fmt.Errorf("listeners.%s: %w", l.name, err)
-		}
-		s.listeners = append(s.listeners, ln)
-	}
-	// Last, and only now that the log's lock is ours: see control.Listen.
-	ln, err := control.Listen(ctx, cfg.StateDir, s.log)
-	if err != nil {
-		return err
-	}
-	s.listeners = append(s.listeners, ln)
-	identity, daily := s.keys.custody(roleIdentity), s.keys.custody(roleDaily)
-	handlers := []http.Handler{
-		admin.New(admin.Config{Log: s.receipts, Metrics: s.metrics.Handler(), Ready: s.Ready, IdentityCustody: identity, DailyCustody: daily}),
-		tiles(filepath.Join(cfg.StateDir, "log")),
-		(&keyService{keys: s.receipts, log: s.log, identityCustody: identity, dailyCustody: daily}).handler(),
-	}
-	var plain http.Protocols
-	plain.SetHTTP1(true)
-	plain.SetUnencryptedHTTP2(true)
-	for _, h := range handlers {
-		s.http = append(s.http, &http.Server{
-			Handler: h, Protocols: &plain, ReadHeaderTimeout: httpHeaderTime, IdleTimeout: httpIdle, MaxHeaderBytes: maxHeaderList,
-			ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
-		})
-	}
-	return nil
-}
-
 // Ready says why requests are not being admitted; nil when they are.
 func (s *Server) Ready() error {
 	if s.stopping.Load() {
 		return errors.New("stopping")
+	}
+	if s.identity != nil {
+		if err := s.identity.Ready(); err != nil {
+			return err
+		}
 	}
 	return s.receipts.Refusing()
 }
@@ -260,6 +268,9 @@ func (s *Server) Run(ctx context.Context) error {
 	s.pipeline.Advance()
 	var pipeline, recorders errgroup.Group
 	pipeline.Go(func() error { return s.pipeline.Run(admission) })
+	if s.identity != nil { // to the end: whoever drains has connections still
+		pipeline.Go(func() error { return s.identity.Run(admission) })
+	}
 	recorders.Go(func() error {
 		err := s.receipts.Run(logCtx)
 		if err != nil { // it refuses from now on; so do we, rather than die and take the reason along
@@ -271,17 +282,10 @@ func (s *Server) Run(ctx context.Context) error {
 	serving, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g, serving := errgroup.WithContext(serving)
-	g.Go(func() error { return s.grpc.Serve(guardedListener{s.listeners[0], s.guard}) })
+	g.Go(func() error { return s.grpc.Serve(s.envoy) })
 	g.Go(func() error { return s.guard.run(serving) })
-	for i, srv := range s.http {
-		if ln := s.listeners[i+1]; ln != nil {
-			g.Go(func() error {
-				if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-					return err
-				}
-				return nil
-			})
-		}
+	for _, e := range s.http {
+		g.Go(e.serve)
 	}
 	g.Go(func() error { return s.watchHealth(serving) })
 	g.Go(func() error { return s.watchConfig(serving) })
@@ -293,6 +297,12 @@ func (s *Server) Run(ctx context.Context) error {
 	s.log.Info("knhk is serving", "envoy", cfg.Listeners.Envoy.String(), "admin", cfg.Listeners.Admin.String(),
 		"tiles", cfg.Listeners.Tiles.String(), "origin", s.receipts.Origin(), "identity", s.receipts.IdentityVKey(),
 		"identity_key_in", s.keys.custody(roleIdentity), "daily_keys_in", s.keys.custody(roleDaily))
+	if s.identity != nil {
+		s.log.Info("connections are mutual TLS 1.3", "spiffe_id", s.identity.ID().String())
+	}
+	if cfg.InsecureLoopback {
+		s.log.Warn("insecure_loopback: whoever connects on this machine is believed, and may do everything: for development only")
+	}
 	if s.keys.sealed {
 		s.log.Warn("the log is sealed: its receipts are served, every request is refused", "origin", s.receipts.Origin())
 	}
@@ -366,10 +376,8 @@ func (s *Server) closeAll(ctx context.Context) error {
 	defer cancel()
 	var errs []error
 	for _, ln := range s.listeners {
-		if ln != nil {
-			if err := ln.Close(); !errors.Is(err, net.ErrClosed) {
-				errs = append(errs, err)
-			}
+		if err := ln.Close(); !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, err)
 		}
 	}
 	if s.receipts != nil {
@@ -377,6 +385,9 @@ func (s *Server) closeAll(ctx context.Context) error {
 	}
 	if s.keys != nil {
 		errs = append(errs, s.keys.close())
+	}
+	if s.identity != nil {
+		errs = append(errs, s.identity.Close())
 	}
 	if s.metrics != nil {
 		errs = append(errs, s.metrics.Shutdown(ctx))

@@ -31,6 +31,7 @@ func AppendDecision(dst []byte, d *Decision) []byte {
 	dst = append(dst, `,"reason":`...)
 	dst = appendText(dst, d.Reason)
 	dst = optText(dst, `,"rule":`, d.Rule)
+	dst = optText(dst, `,"authz":`, d.Authz)
 	dst = optUint32(dst, `,"status":`, d.Status)
 	dst = optUint(dst, `,"tick":`, d.Tick)
 	dst = optUint(dst, `,"waited_ns":`, d.WaitedNS)
@@ -96,6 +97,7 @@ var decisionMembers = []member[Decision]{
 	{"verdict", false, func(d *Decision, r reader) error { return r.text(&d.Verdict) }},
 	{"reason", false, func(d *Decision, r reader) error { return r.text(&d.Reason) }},
 	{"rule", true, func(d *Decision, r reader) error { return r.text(&d.Rule) }},
+	{"authz", true, func(d *Decision, r reader) error { return r.text(&d.Authz) }},
 	{"status", true, func(d *Decision, r reader) error { return r.uint32(&d.Status) }},
 	{"tick", true, func(d *Decision, r reader) error { return r.uint64(&d.Tick) }},
 	{"waited_ns", true, func(d *Decision, r reader) error { return r.uint64(&d.WaitedNS) }},

@@ -129,6 +129,13 @@ func describeDecision(d *Decision) string {
 		fmt.Fprintf(&b, " (tick %d)", d.Tick)
 	}
 	b.WriteByte('.')
+	if d.Authz != "" {
+		words, ok := authorised[d.Reason]
+		if !ok {
+			words = " permits it"
+		}
+		b.WriteString(" Authorisation rule " + shown(d.Authz) + words + ".")
+	}
 	if d.DryRun {
 		b.WriteString(" This was a dry run: it passed in any case.")
 	}
@@ -182,12 +189,18 @@ var ends = map[string]string{
 	EndedRevoked:   "which was revoked",
 }
 
+// authorised says what the authorisation rule did that a decision names; with any other reason it permitted the request.
+var authorised = map[string]string{"authz_forbidden": " forbids it", "authz_rule_error": " is the one that failed"}
+
 // reasons, results and sources put the words of package policy into sentences. A word that is not here is shown as it is.
 var (
 	reasons = map[string]string{
 		"ok":                 "a credit of the current tick was free",
 		"waited":             "a credit of a later tick became free",
 		"no_credit":          "no tick it could wait for had a credit left",
+		"authz_forbidden":    "an authorisation rule forbids it",
+		"authz_no_rule":      "no authorisation rule permits it",
+		"authz_rule_error":   "an authorisation rule failed or cost too much",
 		"unknown_class":      "no rule or route gave it a class",
 		"class_rule_error":   "a class rule failed or cost too much",
 		"body_mode_mismatch": "its class depends on the body, and Envoy did not send the body",
@@ -209,9 +222,10 @@ var (
 		"unknown":      "What became of it is unknown",
 	}
 	sources = map[string]string{
-		"als":      "Envoy's access log",
-		"ext_proc": "Envoy's processing stream",
-		"recovery": "recovery after a crash",
+		"als":       "Envoy's access log",
+		"ext_proc":  "Envoy's processing stream",
+		"ext_authz": "Envoy's authorisation call",
+		"recovery":  "recovery after a crash",
 	}
 )
 

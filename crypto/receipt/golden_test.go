@@ -55,7 +55,7 @@ func goldenLeaves(t *testing.T) (vectors []vector, values map[string]any) {
 	}
 	full := &receipt.Decision{
 		ID: testID, Ordinal: 1<<64 - 1, Origin: testOrigin, Time: at, Tenant: "shop", Class: "W1", Verdict: "refuse", Reason: "no_credit",
-		Rule: `say "cart" \ 世界`, Status: 429, Tick: 1 << 53, WaitedNS: 5_000_000, DryRun: true, Capture: "full",
+		Rule: `say "cart" \ 世界`, Authz: "no-carts", Status: 429, Tick: 1 << 53, WaitedNS: 5_000_000, DryRun: true, Capture: "full",
 		SPIFFEID: "spiffe://example.org/ns/shop/sa/cart", Route: "tab\tbell\a", Cluster: "not UTF-8 \xff\x00",
 		Parent: "017f22e2-79b0-7cc3-98c4-dc0c0c073980.b-2",
 	}
@@ -219,5 +219,19 @@ func TestDescribe(t *testing.T) {
 	}
 	if strings.ContainsAny(story, "\x1b\u202e") {
 		t.Errorf("control characters in the story: %q", story)
+	}
+	if strings.Contains(story, "Authorisation") {
+		t.Errorf("an authorisation rule out of nothing: %s", story)
+	}
+	v.Decision.Authz = "no\ncarts"
+	for reason, want := range map[string]string{
+		"authz_forbidden":  `: an authorisation rule forbids it. Authorisation rule "no\ncarts" forbids it.`,
+		"authz_rule_error": `: an authorisation rule failed or cost too much. Authorisation rule "no\ncarts" is the one that failed.`,
+		"no_credit":        `: no tick it could wait for had a credit left. Authorisation rule "no\ncarts" permits it.`,
+	} {
+		v.Decision.Reason = reason
+		if story := strings.Join(receipt.Describe(v), "\n"); !strings.Contains(story, want) {
+			t.Errorf("no %q in\n%s", want, story)
+		}
 	}
 }

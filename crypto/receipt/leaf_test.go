@@ -62,7 +62,7 @@ func anyDecision(r *rand.Rand) *receipt.Decision {
 	d := &receipt.Decision{
 		ID: testID, Ordinal: anyUint(r), Origin: pick(r, testOrigin, "a", "grüße"), Time: anyTime(r), Tenant: anyText(r),
 		Class: pick(r, "R1", "W1", "C1", "unknown"), Verdict: pick(r, "admit", "park", "refuse"), Reason: pick(r, "ok", "no_credit"),
-		Rule: anyText(r), Status: anyStatus(r), Tick: anyUint(r), WaitedNS: anyUint(r), DryRun: r.IntN(2) == 0,
+		Rule: anyText(r), Authz: anyText(r), Status: anyStatus(r), Tick: anyUint(r), WaitedNS: anyUint(r), DryRun: r.IntN(2) == 0,
 		Capture: pick(r, "lean", "full", "observe"), SPIFFEID: anyText(r), Route: anyText(r), Cluster: anyText(r),
 		Parent: pick(r, "", "017f22e2-79b0-7cc3-98c4-dc0c0c073980.other"),
 	}
@@ -74,7 +74,7 @@ func anyDecision(r *rand.Rand) *receipt.Decision {
 
 func anyOutcome(r *rand.Rand) *receipt.Outcome {
 	o := &receipt.Outcome{
-		ID: testID, Ordinal: anyUint(r), Origin: testOrigin, Time: anyTime(r), Source: pick(r, "als", "ext_proc", "recovery"),
+		ID: testID, Ordinal: anyUint(r), Origin: testOrigin, Time: anyTime(r), Source: pick(r, "als", "ext_proc", "ext_authz", "recovery"),
 		Result: pick(r, "complete", "unknown"), Status: anyStatus(r), UpstreamStatus: anyStatus(r), Flags: anyText(r), Details: anyText(r),
 		Cluster: anyText(r), UpstreamHost: anyText(r), Attempts: uint32(anyUint(r)), BytesIn: anyUint(r), BytesOut: anyUint(r),
 		DurationNS: anyUint(r), CacheStatus: anyText(r), Late: r.IntN(2) == 0,
@@ -266,7 +266,7 @@ func TestMutatedLeaf(t *testing.T) {
 func TestStrict(t *testing.T) {
 	r := rand.New(rand.NewPCG(5, 6))
 	d := anyDecision(r)
-	d.Tenant, d.Rule, d.Status, d.DryRun, d.TraceID, d.Parent = "shop", "<&>", 429, true, [16]byte{1}, ""
+	d.Tenant, d.Rule, d.Authz, d.Status, d.DryRun, d.TraceID, d.Parent = "shop", "<&>", "staff", 429, true, [16]byte{1}, ""
 	d.Ordinal, d.Time, d.Class, d.Verdict, d.Reason, d.Capture = 7, time.Unix(1, 5).UTC(), "W1", "refuse", "ok", "lean"
 	d.ID, d.Origin, d.Tick, d.Nonce = testID, testOrigin, 0, [16]byte{}
 	good := string(receipt.AppendDecision(nil, d))
@@ -325,6 +325,9 @@ func TestStrict(t *testing.T) {
 		{"a needless escape", swap(`"tenant":"shop"`, `"tenant":"sho\u0070"`), "canonical"},
 		{"HTML escapes", swap(`"rule":"<&>"`, `"rule":"\u003c\u0026\u003e"`), "canonical"},
 		{"an escaped slash", swap(`"tenant":"shop"`, `"tenant":"a\/b"`), "canonical"},
+		{"an authorisation rule before the class rule", swap(`"rule":"<&>","authz":"staff"`, `"authz":"staff","rule":"<&>"`), `"rule": twice or out of order`},
+		{"an authorisation rule that is empty", swap(`"authz":"staff"`, `"authz":""`), "canonical"},
+		{"an authorisation rule that is no string", swap(`"authz":"staff"`, `"authz":["staff"]`), `field "authz"`},
 		{"a lone surrogate", swap(`"tenant":"shop"`, `"tenant":"\ud800"`), `field "tenant"`},
 		{"bytes that are not UTF-8", swap(`"tenant":"shop"`, "\"tenant\":\"\xff\""), `field "tenant"`},
 		{"base64 of valid text", swap(`"tenant":"shop"`, `"tenant":{"b64":"c2hvcA"}`), `field "tenant"`},
@@ -427,7 +430,7 @@ func TestOutcomeRules(t *testing.T) {
 func TestAppendDoesNotAllocate(t *testing.T) {
 	r := rand.New(rand.NewPCG(9, 10))
 	d, o, h := anyDecision(r), anyOutcome(r), anyHeader(r)
-	d.Tenant, d.Rule, d.Route, d.SPIFFEID, d.Cluster = awkward[2], awkward[3], awkward[4], awkward[15], awkward[14]
+	d.Tenant, d.Rule, d.Authz, d.Route, d.SPIFFEID, d.Cluster = awkward[2], awkward[3], awkward[5], awkward[4], awkward[15], awkward[14]
 	request := receipt.Request{Method: "GET", Path: strings.Repeat("/x", 300)}
 	var salt [32]byte
 	buf := make([]byte, 0, 64<<10)

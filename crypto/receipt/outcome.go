@@ -68,7 +68,7 @@ func ParseOutcome(leaf []byte) (*Outcome, error) {
 	return o, nil
 }
 
-// Validate says what ParseOutcome would refuse in o. Source must be als, ext_proc or recovery; Result a word of a-z, 0-9
+// Validate says what ParseOutcome would refuse in o. Source must be als, ext_proc, ext_authz or recovery; Result a word of a-z, 0-9
 // and "_"; Status and UpstreamStatus 0 or 100 to 999.
 func (o *Outcome) Validate() error {
 	if _, _, err := ParseID(o.ID); err != nil {
@@ -77,7 +77,7 @@ func (o *Outcome) Validate() error {
 	return cmp.Or(
 		validOrigin(o.Origin),
 		validTime("time", o.Time),
-		validOneOf("source", o.Source, "als", "ext_proc", "recovery"),
+		validOneOf("source", o.Source, "als", "ext_proc", "ext_authz", "recovery"),
 		validWord("result", o.Result),
 		validStatus("status", o.Status),
 		validStatus("upstream_status", o.UpstreamStatus),

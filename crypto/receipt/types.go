@@ -27,6 +27,7 @@ type Decision struct {
 	Verdict      string // "admit", "park", "refuse"
 	Reason       string
 	Rule         string   // class rule or route that gave the class
+	Authz        string   // authorisation rule that decided or failed; empty when none did
 	Status       uint32   // of a refusal; 0 otherwise
 	Tick         uint64   // tick number whose credit was taken; 0 when none was
 	WaitedNS     uint64   // time spent parked
@@ -49,7 +50,7 @@ type Outcome struct {
 	Ordinal        uint64
 	Origin         string
 	Time           time.Time // when it was recorded
-	Source         string    // "als", "ext_proc", "recovery"
+	Source         string    // "als", "ext_proc", "ext_authz", "recovery"
 	Result         string    // policy.Result
 	Status         uint32    // status sent downstream; 0 when none
 	UpstreamStatus uint32    // 0 when not known apart from Status

@@ -2,10 +2,10 @@
 //
 // It promises that the configuration fails closed (an unreachable, silent or failing knhk refuses the request, unless
 // the route says on_receipt_failure: allow), that no client and no upstream can bring a header of ours into a request
-// or a response, and that equal configurations give equal bytes. It is pure: no clock, disk or network. It does not
-// promise that the addresses can be bound or that the upstreams exist, it writes no TLS (a deployment that needs it
-// terminates before this listener or takes the pieces into its own configuration), and it leaves out routes without a
-// cluster: those belong to whoever configures that Envoy otherwise.
+// or a response, and that equal configurations give equal bytes. It is pure: no clock, disk or network. With
+// envoy.tls, TLS is 1.3 between certificates that both sides show, no session is resumed and no connection outlives a
+// certificate that is renewed when half of it is over. It does not promise that the addresses can be bound or that the
+// upstreams exist, and it leaves out routes without a cluster: those belong to whoever configures that Envoy otherwise.
 //
 // `knhk bootstrap` calls Bootstrap and YAML; e2e and the benchmark call Listener and Sidecar for the pieces. The
 // settings follow Envoy 1.40's advice for edge proxies (configuration/best_practices/edge); where the code departs
@@ -69,12 +69,13 @@ func Bootstrap(cfg *configv1.Config) (*bootstrapv3.Bootstrap, error) {
 	sidecar, serr := Sidecar(cfg, SidecarCluster)
 	each, rerr := replicaClusters(cfg, SidecarCluster)
 	upstreams, uerr := upstreamClusters(cfg)
+	secrets, terr := sdsClusters(cfg)
 	admin, aerr := tcpAddress(orDefault(cfg.GetEnvoy().GetAdmin(), defaultAdmin))
 	if aerr != nil {
 		aerr = fmt.Errorf("envoy.admin: %w", aerr)
 	}
 	limits, oerr := overload()
-	if err := errors.Join(lerr, serr, rerr, uerr, aerr, oerr); err != nil {
+	if err := errors.Join(lerr, serr, rerr, uerr, terr, aerr, oerr); err != nil {
 		return nil, fmt.Errorf("bootstrap: %w", err)
 	}
 	return &bootstrapv3.Bootstrap{
@@ -83,7 +84,7 @@ func Bootstrap(cfg *configv1.Config) (*bootstrapv3.Bootstrap, error) {
 		Admin: &bootstrapv3.Admin{Address: admin},
 		StaticResources: &bootstrapv3.Bootstrap_StaticResources{
 			Listeners: []*listenerv3.Listener{listener},
-			Clusters:  slices.Concat([]*clusterv3.Cluster{sidecar}, each, upstreams),
+			Clusters:  slices.Concat([]*clusterv3.Cluster{sidecar}, each, secrets, upstreams),
 		},
 		OverloadManager: limits,
 	}, nil

@@ -47,7 +47,7 @@ func Sidecar(cfg *configv1.Config, name string) (*clusterv3.Cluster, error) {
 			addrs = append(addrs, addr)
 		}
 	}
-	c, err := cluster(cfg, name, addrs, true)
+	c, err := sidecarCluster(cfg, name, addrs)
 	if err != nil {
 		return nil, fmt.Errorf("cluster %s: %w", name, err)
 	}
@@ -88,7 +88,7 @@ func replicaClusters(cfg *configv1.Config, sidecar string) ([]*clusterv3.Cluster
 		if err != nil {
 			continue // told by Sidecar
 		}
-		c, err := cluster(cfg, replicaCluster(sidecar, r.GetInstance()), []*corev3.Address{addr}, true)
+		c, err := sidecarCluster(cfg, replicaCluster(sidecar, r.GetInstance()), []*corev3.Address{addr})
 		if err != nil {
 			errs = append(errs, fmt.Errorf("envoy.replicas[%d]: %w", i, err))
 			continue
@@ -102,7 +102,7 @@ func replicaClusters(cfg *configv1.Config, sidecar string) ([]*clusterv3.Cluster
 func upstreamClusters(cfg *configv1.Config) ([]*clusterv3.Cluster, error) {
 	var out []*clusterv3.Cluster
 	var errs []error
-	seen := map[string]bool{SidecarCluster: true}
+	seen := map[string]bool{SidecarCluster: true, SDSCluster: sdsSocket(cfg) != ""}
 	for i, r := range replicas(cfg) {
 		name := replicaCluster(SidecarCluster, r.GetInstance())
 		if seen[name] {
@@ -125,24 +125,55 @@ func upstreamClusters(cfg *configv1.Config) ([]*clusterv3.Cluster, error) {
 			}
 			addrs = append(addrs, a)
 		}
-		c, err := cluster(cfg, u.GetName(), addrs, u.GetHttp2())
+		c, err := cluster(cfg, u.GetName(), addrs, u.GetHttp2(), maxConnection(cfg))
 		if err != nil {
 			errs = append(errs, fmt.Errorf("envoy.clusters[%d]: %w", i, err))
 			continue
+		}
+		if ids := u.GetSpiffeIds(); len(ids) > 0 {
+			if c.TransportSocket, err = upstreamTLS(cfg, ids, fmt.Sprintf("envoy.clusters[%d].spiffe_ids", i), u.GetHttp2()); err != nil {
+				errs = append(errs, err)
+			}
 		}
 		out = append(out, c)
 	}
 	return out, errors.Join(errs...)
 }
 
+// sidecarCluster is a cluster of knhk's own services: in mutual TLS wherever knhk has an identity and is reached over TCP.
+func sidecarCluster(cfg *configv1.Config, name string, addrs []*corev3.Address) (*clusterv3.Cluster, error) {
+	c, err := cluster(cfg, name, addrs, true, maxConnection(cfg))
+	if err != nil || cfg.GetIdentity() == nil {
+		return c, err
+	}
+	tcp := 0
+	for _, a := range addrs {
+		if a.GetSocketAddress() != nil {
+			tcp++
+		}
+	}
+	switch tcp {
+	case 0: // the kernel says who is there
+		return c, nil
+	case len(addrs):
+		c.TransportSocket, err = upstreamTLS(cfg, []string{cfg.GetIdentity().GetSpiffeId()}, "identity.spiffe_id", true)
+		return c, err
+	}
+	return nil, errors.New("envoy.replicas: with identity either all are unix sockets or none is")
+}
+
+// overTLS reports whether Envoy speaks TLS to knhk.
+func overTLS(cfg *configv1.Config) bool {
+	return cfg.GetIdentity() != nil && !strings.HasPrefix(cfg.GetListeners().GetEnvoy(), "unix:")
+}
+
 // cluster returns a cluster with breakers that do not stand in the way: at Envoy's default of 1024 requests an overload
-// turns into refusals that nobody decided.
-func cluster(cfg *configv1.Config, name string, addrs []*corev3.Address, http2 bool) (*clusterv3.Cluster, error) {
-	opts := &upstreamhttpv3.HttpProtocolOptions{
-		CommonHttpProtocolOptions: &corev3.HttpProtocolOptions{
-			// A connection that lives for ever never meets a new replica behind the same address.
-			MaxConnectionDuration: durationOr(cfg.GetEnvoy().GetMaxConnectionDuration(), defaultMaxConnection),
-		},
+// turns into refusals that nobody decided. Its connections end after life; 0 is no end.
+func cluster(cfg *configv1.Config, name string, addrs []*corev3.Address, http2 bool, life time.Duration) (*clusterv3.Cluster, error) {
+	opts := &upstreamhttpv3.HttpProtocolOptions{}
+	if life > 0 {
+		// A connection that lives for ever never meets a new replica behind the same address, and outlives its certificate.
+		opts.CommonHttpProtocolOptions = &corev3.HttpProtocolOptions{MaxConnectionDuration: durationpb.New(life)}
 	}
 	// No HTTP/2 keepalive pings: grpc-go answers more than one in five minutes with GOAWAY ENHANCE_YOUR_CALM.
 	if http2 {

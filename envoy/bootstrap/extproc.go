@@ -42,33 +42,23 @@ var forwardedHeaders = []string{
 
 // processorFilter is ext_proc with the settings of default_route; routes that differ carry overrides.
 func processorFilter(cfg *configv1.Config, sidecar string) (*hcmv3.HttpFilter, error) {
-	previous, err := anypb.New(&previousv3.PreviousHostsPredicate{})
+	service, err := sidecarService(sidecar)
 	if err != nil {
 		return nil, fmt.Errorf("filter %s: %w", filterExtProc, err)
 	}
+	service.Timeout = durationpb.New(0) // the stream lives as long as the request
+	headers := forwardedHeaders
+	if believesParents(cfg) {
+		headers = append(headers[:len(headers):len(headers)], HeaderParent)
+	}
 	p := &extprocv3.ExternalProcessor{
-		GrpcService: &corev3.GrpcService{
-			TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{
-				ClusterName: sidecar, SkipEnvoyHeaders: true}},
-			Timeout: durationpb.New(0), // the stream lives as long as the request
-			// Here, not in EnvoyGrpc: that one is for xDS streams alone and does nothing for a filter.
-			RetryPolicy: &corev3.RetryPolicy{
-				RetryOn:      "connect-failure,refused-stream,unavailable,reset-before-request",
-				NumRetries:   wrapperspb.UInt32(3),
-				RetryBackOff: &corev3.BackoffStrategy{BaseInterval: durationpb.New(retryBackOff)},
-				RetryHostPredicate: []*corev3.RetryPolicy_RetryHostPredicate{{
-					Name:       "envoy.retry_host_predicates.previous_hosts",
-					ConfigType: &corev3.RetryPolicy_RetryHostPredicate_TypedConfig{TypedConfig: previous},
-				}},
-				HostSelectionRetryMaxAttempts: 3,
-			},
-		},
+		GrpcService:      service,
 		FailureModeAllow: allows(cfg.GetDefaultRoute()),
 		MessageTimeout:   durationOr(cfg.GetEnvoy().GetMessageTimeout(), defaultMessageTimeout),
 		StatusOnError:    &typev3.HttpStatus{Code: typev3.StatusCode_ServiceUnavailable},
 		ProcessingMode:   processingMode(cfg, cfg.GetDefaultRoute()),
 		ForwardRules: &extprocv3.HeaderForwardingRules{AllowedHeaders: &matcherv3.ListStringMatcher{
-			Patterns: exact(forwardedHeaders)}},
+			Patterns: exact(headers)}},
 		RequestAttributes: requestAttributes,
 		MetadataOptions: &extprocv3.MetadataOptions{ReceivingNamespaces: &extprocv3.MetadataOptions_MetadataNamespaces{
 			Untyped: []string{MetadataNamespace}}},
@@ -76,6 +66,10 @@ func processorFilter(cfg *configv1.Config, sidecar string) (*hcmv3.HttpFilter, e
 		AllowContentLengthHeader: true,
 		// Nothing of ours is a routing input: a route chosen once stays the route that was decided about.
 		RouteCacheAction: extprocv3.ExternalProcessor_RETAIN,
+	}
+	if usesAuthz(cfg) {
+		// What ext_authz decided is decided: the receipt goes along.
+		p.MetadataOptions.ForwardingNamespaces = &extprocv3.MetadataOptions_MetadataNamespaces{Untyped: []string{MetadataAuthz}}
 	}
 	if full(cfg) {
 		p.ResponseAttributes = responseAttributes
@@ -86,6 +80,30 @@ func processorFilter(cfg *configv1.Config, sidecar string) (*hcmv3.HttpFilter, e
 	}
 	f.Disabled = cfg.GetDefaultRoute().GetExclude()
 	return f, nil
+}
+
+// sidecarService is how a filter calls knhk: with retries on another replica, so that one that leaves loses no request. The timeout is the
+// filter's.
+func sidecarService(sidecar string) (*corev3.GrpcService, error) {
+	previous, err := anypb.New(&previousv3.PreviousHostsPredicate{})
+	if err != nil {
+		return nil, err
+	}
+	return &corev3.GrpcService{
+		TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{
+			ClusterName: sidecar, SkipEnvoyHeaders: true}},
+		// Here, not in EnvoyGrpc: that one is for xDS streams alone and does nothing for a filter.
+		RetryPolicy: &corev3.RetryPolicy{
+			RetryOn:      "connect-failure,refused-stream,unavailable,reset-before-request",
+			NumRetries:   wrapperspb.UInt32(3),
+			RetryBackOff: &corev3.BackoffStrategy{BaseInterval: durationpb.New(retryBackOff)},
+			RetryHostPredicate: []*corev3.RetryPolicy_RetryHostPredicate{{
+				Name:       "envoy.retry_host_predicates.previous_hosts",
+				ConfigType: &corev3.RetryPolicy_RetryHostPredicate_TypedConfig{TypedConfig: previous},
+			}},
+			HostSelectionRetryMaxAttempts: 3,
+		},
+	}, nil
 }
 
 // processingMode says what ext_proc sends for a route with this policy. Lean: the request headers, nothing else. Full:

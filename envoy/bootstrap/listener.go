@@ -3,6 +3,7 @@ package bootstrap
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
@@ -54,11 +55,15 @@ func Listener(cfg *configv1.Config, sidecar string) (*listenerv3.Listener, error
 	if err != nil {
 		return nil, fmt.Errorf("connection manager: %w", err)
 	}
+	secure, err := downstreamTLS(cfg)
+	if err != nil {
+		return nil, err
+	}
 	return &listenerv3.Listener{
 		Name:                          ListenerName,
 		Address:                       addr,
 		PerConnectionBufferLimitBytes: wrapperspb.UInt32(bufferLimit),
-		FilterChains: []*listenerv3.FilterChain{{Filters: []*listenerv3.Filter{{
+		FilterChains: []*listenerv3.FilterChain{{TransportSocket: secure, Filters: []*listenerv3.Filter{{
 			Name:       "envoy.filters.network.http_connection_manager",
 			ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: packed},
 		}}}},
@@ -67,25 +72,26 @@ func Listener(cfg *configv1.Config, sidecar string) (*listenerv3.Listener, error
 
 func connectionManager(cfg *configv1.Config, sidecar string) (*hcmv3.HttpConnectionManager, error) {
 	routes, rerr := routeConfig(cfg)
-	strip, serr := stripRequest()
-	headers, herr := receiptHeaders()
-	processor, perr := processorFilter(cfg, sidecar)
+	strip, serr := stripRequest(cfg)
+	headers, herr := receiptHeaders(cfg)
+	deciding, perr := deciders(cfg, sidecar)
+	parent, aerr := parentHeader()
 	router, oerr := filter(filterRouter, &routerv3.Router{})
 	logs, lerr := accessLogs(cfg, sidecar)
-	if err := errors.Join(rerr, serr, herr, perr, oerr, lerr); err != nil {
+	if err := errors.Join(rerr, serr, herr, perr, aerr, oerr, lerr); err != nil {
 		return nil, err
 	}
-	return &hcmv3.HttpConnectionManager{
+	hcm := &hcmv3.HttpConnectionManager{
 		StatPrefix:                    "knhk",
 		CodecType:                     hcmv3.HttpConnectionManager_AUTO,
 		ServerName:                    "knhk",
 		RouteSpecifier:                &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: routes},
 		EarlyHeaderMutationExtensions: []*corev3.TypedExtensionConfig{strip},
-		// The order matters: encoder filters run from the last to the first, so headers sees what ext_proc and the upstream
+		// The order matters: encoder filters run from the last to the first, so headers sees what the deciding filters and the upstream
 		// left, local replies included.
-		HttpFilters: []*hcmv3.HttpFilter{headers, processor, router},
+		HttpFilters: slices.Concat([]*hcmv3.HttpFilter{headers}, deciding, []*hcmv3.HttpFilter{parent, router}),
 		// But for those that go past the filters.
-		LocalReplyConfig: localReplies(),
+		LocalReplyConfig: localReplies(cfg),
 		AccessLog:        logs,
 		// Nobody is internal: a client on a private address is a client, whose x-request-id and x-envoy-* are its own claims.
 		// An empty list would mean Envoy's default, all private addresses; the broadcast address is nobody's source.
@@ -114,7 +120,22 @@ func connectionManager(cfg *configv1.Config, sidecar string) (*hcmv3.HttpConnect
 		RequestHeadersTimeout: durationpb.New(requestHeadersTimeout),
 		// A stream may be long (gRPC, websocket, uploads) but not silent; so no request_timeout, which would bound its length.
 		StreamIdleTimeout: durationpb.New(streamIdleTimeout),
-	}, nil
+	}
+	if cfg.GetEnvoy().GetTls() == nil {
+		return hcm, nil
+	}
+	connection, drain, stream := lifetimes(cfg)
+	// On a plain listener too: a stream keeps the connections to knhk and to the upstream open.
+	hcm.CommonHttpProtocolOptions.MaxStreamDuration = durationpb.New(stream)
+	if len(cfg.GetEnvoy().GetTls().GetClients()) > 0 {
+		hcm.CommonHttpProtocolOptions.MaxConnectionDuration = durationpb.New(connection)
+		hcm.DrainTimeout = durationpb.New(drain)
+		// The client's ID as the handshake showed it, in the place of whatever the client says of itself. A plain listener removes
+		// the header: that is Envoy's default.
+		hcm.ForwardClientCertDetails = hcmv3.HttpConnectionManager_SANITIZE_SET
+		hcm.SetCurrentClientCertDetails = &hcmv3.HttpConnectionManager_SetCurrentClientCertDetails{Uri: true}
+	}
+	return hcm, nil
 }
 
 // accessLogs send each finished stream to knhk: in lean capture it is where outcomes come from, in both it is the audit
@@ -130,29 +151,59 @@ func accessLogs(cfg *configv1.Config, sidecar string) ([]*accesslogv3.AccessLog,
 	var out []*accesslogv3.AccessLog
 	var errs []error
 	for _, r := range all {
-		log, err := accessLog(cfg, replicaCluster(sidecar, r.GetInstance()), receiptFilter(&matcherv3.ValueMatcher{
+		log, err := accessLog(cfg, replicaCluster(sidecar, r.GetInstance()), receiptFilter(cfg, &matcherv3.ValueMatcher{
 			MatchPattern: &matcherv3.ValueMatcher_StringMatch{StringMatch: &matcherv3.StringMatcher{
-				MatchPattern: &matcherv3.StringMatcher_Suffix{Suffix: "." + r.GetInstance()}}}}, false))
+				MatchPattern: &matcherv3.StringMatcher_Suffix{Suffix: "." + r.GetInstance()}}}}))
 		out, errs = append(out, log), append(errs, err)
 	}
-	// An id is never null: only entries without one are left.
-	rest, err := accessLog(cfg, sidecar, receiptFilter(&matcherv3.ValueMatcher{
-		MatchPattern: &matcherv3.ValueMatcher_NullMatch_{NullMatch: &matcherv3.ValueMatcher_NullMatch{}}}, true))
+	var none []*accesslogv3.AccessLogFilter
+	for _, ns := range namespaces(cfg) {
+		none = append(none, noReceipt(ns))
+	}
+	rest, err := accessLog(cfg, sidecar, allOf(none))
 	return append(out, rest), errors.Join(append(errs, err)...)
 }
 
-// receiptFilter passes exchanges whose receipt id matches; none says whether those without an id pass.
-func receiptFilter(id *matcherv3.ValueMatcher, none bool) *accesslogv3.AccessLogFilter {
+// receiptFilter passes exchanges whose receipt id matches: the id in the first namespace that has one.
+func receiptFilter(cfg *configv1.Config, id *matcherv3.ValueMatcher) *accesslogv3.AccessLogFilter {
+	var any, before []*accesslogv3.AccessLogFilter
+	for _, ns := range namespaces(cfg) {
+		any = append(any, allOf(append(before[:len(before):len(before)], metadataFilter(ns, id, false))))
+		before = append(before, noReceipt(ns))
+	}
+	if len(any) == 1 {
+		return any[0]
+	}
+	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_OrFilter{
+		OrFilter: &accesslogv3.OrFilter{Filters: any}}}
+}
+
+// noReceipt passes exchanges without an id in a namespace: one that is there is never null.
+func noReceipt(ns string) *accesslogv3.AccessLogFilter {
+	return metadataFilter(ns, &matcherv3.ValueMatcher{
+		MatchPattern: &matcherv3.ValueMatcher_NullMatch_{NullMatch: &matcherv3.ValueMatcher_NullMatch{}}}, true)
+}
+
+// metadataFilter passes exchanges whose receipt id in a namespace matches; none says whether those without an id pass.
+func metadataFilter(ns string, id *matcherv3.ValueMatcher, none bool) *accesslogv3.AccessLogFilter {
 	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_MetadataFilter{
 		MetadataFilter: &accesslogv3.MetadataFilter{
 			Matcher: &matcherv3.MetadataMatcher{
-				Filter: MetadataNamespace,
+				Filter: ns,
 				Path: []*matcherv3.MetadataMatcher_PathSegment{{
 					Segment: &matcherv3.MetadataMatcher_PathSegment_Key{Key: MetadataReceipt}}},
 				Value: id,
 			},
 			MatchIfKeyNotFound: wrapperspb.Bool(none),
 		}}}
+}
+
+func allOf(filters []*accesslogv3.AccessLogFilter) *accesslogv3.AccessLogFilter {
+	if len(filters) == 1 {
+		return filters[0]
+	}
+	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_AndFilter{
+		AndFilter: &accesslogv3.AndFilter{Filters: filters}}}
 }
 
 // accessLog sends the entries that pass the filter (nil: all) to a cluster. Dynamic metadata, request id, route, cluster, flags

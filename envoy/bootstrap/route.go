@@ -99,8 +99,24 @@ func oneRoute(cfg *configv1.Config, r *configv1.Route, prefix string) (*routev3.
 	if n := r.GetInternalRedirects(); n > 0 {
 		action.InternalRedirectPolicy = &routev3.InternalRedirectPolicy{MaxInternalRedirects: wrapperspb.UInt32(n)}
 	}
-	override, err := processorOverride(cfg, r.GetPolicy())
-	if err != nil {
+	overrides := map[string]*anypb.Any{}
+	override := func(name string, per *anypb.Any, err error) error {
+		if per != nil {
+			overrides[name] = per
+		}
+		return err
+	}
+	var errs []error
+	if usesProc(cfg) {
+		per, err := processorOverride(cfg, r.GetPolicy())
+		errs = append(errs, override(filterExtProc, per, err))
+	}
+	if usesAuthz(cfg) {
+		per, err := authzOverride(cfg, r)
+		errs = append(errs, override(filterAuthz, per, err))
+	}
+	per, err := parentOverride(cfg, r)
+	if err := errors.Join(append(errs, override(filterParent, per, err))...); err != nil {
 		return nil, err
 	}
 	match := &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: prefix}}
@@ -109,15 +125,12 @@ func oneRoute(cfg *configv1.Config, r *configv1.Route, prefix string) (*routev3.
 		// them without a receipt.
 		match.PathSpecifier = &routev3.RouteMatch_Path{Path: prefix}
 	}
-	route := &routev3.Route{
-		Name:   r.GetName(),
-		Match:  match,
-		Action: &routev3.Route_Route{Route: action},
-	}
-	if override != nil {
-		route.TypedPerFilterConfig = map[string]*anypb.Any{filterExtProc: override}
-	}
-	return route, nil
+	return &routev3.Route{
+		Name:                 r.GetName(),
+		Match:                match,
+		Action:               &routev3.Route_Route{Route: action},
+		TypedPerFilterConfig: overrides,
+	}, nil
 }
 
 // processorOverride says where a route's policy p differs from default_route, whose settings the filter has; nil if it

@@ -58,7 +58,7 @@ type Result struct {
 
 // Classifier classifies requests. Make one with New. Safe for concurrent use; it never changes.
 type Classifier struct {
-	rules    []rule
+	rules    []compiled
 	routes   map[string]route
 	fallback route
 }
@@ -68,7 +68,7 @@ type route struct {
 	name string // with routePrefix, so that no request has to build it
 }
 
-// New compiles the rules. The error is of type RuleErrors if rules do not compile, and names every one of them.
+// New compiles the rules. The error is of type rule.Faults if rules do not compile, and names every one of them.
 func New(cfg Config) (*Classifier, error) {
 	c := &Classifier{
 		routes:   make(map[string]route, len(cfg.Routes)),

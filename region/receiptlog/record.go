@@ -106,7 +106,7 @@ func (l *Log) surelyFits(n int) bool {
 // fits says whether a decision and its evidence, which holds n bytes, can be written and read back. Nearly always the bound settles
 // it; else they are encoded to see.
 func (l *Log) fits(d *receipt.Decision, ev *receipt.Evidence, n int) error {
-	n += len(d.Tenant) + len(d.Rule) + len(d.Reason) + len(d.SPIFFEID) + len(d.Route) + len(d.Cluster) + len(d.Origin) + len(d.ID)
+	n += len(d.Tenant) + len(d.Rule) + len(d.Authz) + len(d.Reason) + len(d.SPIFFEID) + len(d.Route) + len(d.Cluster) + len(d.Origin) + len(d.ID)
 	if l.surelyFits(n) {
 		return nil
 	}

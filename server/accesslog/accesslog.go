@@ -2,10 +2,10 @@
 //
 // It is where the outcomes of lean capture come from, and the audit of completeness: entries without a receipt id are told
 // too, so that requests which reached an upstream undecided are seen. Promises: every complete HTTP entry of a message that
-// arrived is told exactly once, in order per stream; an entry that does not parse, or whose Sink panics, is counted and does
+// arrived, and every TCP entry, is told exactly once, in order per stream; an entry that does not parse, or whose Sink panics, is counted and does
 // not cost its neighbours. Not promised: that Envoy sends everything. It drops entries when its buffers are full and takes
-// the last flush interval's along when it dies; the end of a stream is therefore told as well. Entries of TCP listeners and
-// entries about transactions still running are passed over.
+// the last flush interval's along when it dies; the end of a stream is therefore told as well. Entries about transactions and
+// connections still running are passed over.
 //
 // server.New wires it; server/admit is its Sink. The gRPC server must use envoywire.Codec.
 package accesslog
@@ -18,6 +18,7 @@ import (
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -27,10 +28,14 @@ import (
 	"github.com/knhk/sidecar/server/envoywire"
 )
 
-// Namespace is the dynamic metadata namespace in which server/extproc had Envoy keep the receipt id.
-const Namespace = "knhk"
+// The dynamic metadata namespaces in which Envoy keeps the receipt id, by the filter that asked.
+const (
+	Namespace          = "knhk"                            // server/extproc
+	NamespaceAuthz     = "envoy.filters.http.ext_authz"    // server/extauthz
+	NamespaceAuthzConn = "envoy.filters.network.ext_authz" // server/extauthz, TCP
+)
 
-// Keys in Namespace; see server/extproc.
+// Keys in each namespace; see server/extproc.
 const (
 	keyReceipt = "receipt"
 	keyGap     = "gap"
@@ -43,12 +48,16 @@ type StreamEvent uint8
 const (
 	StreamOpened StreamEvent = iota // an Envoy worker has connected and said who it is
 	StreamEnded                     // its stream is gone: Envoy ended, reconnects, or we drain
+	StreamAged                      // it was ended here because of its age, right after a message: Envoy opens another with the next entry
 )
 
 // String is the event's name.
 func (e StreamEvent) String() string {
-	if e == StreamOpened {
+	switch e {
+	case StreamOpened:
 		return "opened"
+	case StreamAged:
+		return "aged"
 	}
 	return "ended"
 }
@@ -65,7 +74,8 @@ type Sink interface {
 }
 
 // Entry is a transaction that has no receipt id: refused by Envoy before we were asked, on a route that is excluded,
-// answered by us without being able to record, or a gap. Strings are the client's or Envoy's word.
+// answered by us without being able to record, or a gap. Strings are the client's or Envoy's word; of a TCP connection only Node, Gap,
+// Reached and Outcome are known.
 type Entry struct {
 	Node      string // node id of the Envoy
 	Route     string // name of the route; empty when none matched
@@ -86,13 +96,12 @@ const (
 	EventReceipted    Event = iota // an entry with a receipt id
 	EventUnreceipted               // an entry without
 	EventIntermediate              // an entry about a transaction that still runs, passed over
-	EventTCP                       // a message with entries of TCP connections, passed over
 	EventMalformed                 // a message or an entry that does not parse
 	EventPanic                     // a panic of the Sink
 	numEvents
 )
 
-var eventNames = [numEvents]string{"receipted", "unreceipted", "intermediate", "tcp", "malformed", "panic"}
+var eventNames = [numEvents]string{"receipted", "unreceipted", "intermediate", "malformed", "panic"}
 
 // String is the event's name as it stands in metrics.
 func (e Event) String() string {
@@ -115,6 +124,10 @@ func Events() []Event {
 type Config struct {
 	// Sink hears of outcomes. Required.
 	Sink Sink
+	// MaxStreamAge ends a stream: in the last quarter of it at the first good moment, right after a message that was waited for, so
+	// that none is on its way; when it is over in any case. Envoy goes on with a new stream, on a new connection if the old one has been told
+	// to go away. 0: never.
+	MaxStreamAge time.Duration
 	// Log gets faults. Required.
 	Log *slog.Logger
 	// Count is called for everything worth counting. It must be quick and safe for concurrent use. Optional.
@@ -126,6 +139,7 @@ type Server struct {
 	sink      Sink
 	log       *slog.Logger
 	count     func(Event)
+	age       time.Duration
 	malformed atomic.Bool // complained of
 	drain     chan struct{}
 	drainOnce sync.Once
@@ -138,8 +152,10 @@ func New(cfg Config) (*Server, error) {
 		return nil, errors.New("new access log server: no sink")
 	case cfg.Log == nil:
 		return nil, errors.New("new access log server: no logger")
+	case cfg.MaxStreamAge < 0:
+		return nil, errors.New("new access log server: a stream's age below 0")
 	}
-	s := &Server{sink: cfg.Sink, log: cfg.Log, count: cfg.Count, drain: make(chan struct{})}
+	s := &Server{age: cfg.MaxStreamAge, sink: cfg.Sink, log: cfg.Log, count: cfg.Count, drain: make(chan struct{})}
 	if s.count == nil {
 		s.count = func(Event) {}
 	}
@@ -167,23 +183,40 @@ func (s *Server) Register(r grpc.ServiceRegistrar) { r.RegisterService(&ServiceD
 // It does not wait.
 func (s *Server) Drain() { s.drainOnce.Do(func() { close(s.drain) }) }
 
-var errDraining = status.Error(codes.Unavailable, "draining")
+var (
+	errDraining = status.Error(codes.Unavailable, "draining")
+	errAged     = status.Error(codes.Unavailable, "stream has reached its age")
+)
+
+// quiet is how long a message must have been waited for to say that Envoy had nothing more to send: its next one comes a flush interval or
+// a full buffer later.
+const quiet = 2 * time.Millisecond
 
 // serve serves one stream: one goroutine reads, this one waits for it or for Drain.
 func (s *Server) serve(ss grpc.ServerStream) error {
 	done := make(chan error, 1)
 	st := &stream{srv: s, idle: make(chan struct{}, 1), names: names{}}
 	st.idle <- struct{}{}
+	var over <-chan time.Time
+	if s.age > 0 {
+		st.aging = time.Now().Add(s.age - s.age/4)
+		t := time.NewTimer(s.age)
+		defer t.Stop()
+		over = t.C
+	}
 	go func() { done <- st.read(ss) }()
+	why := errDraining
 	select {
 	case err := <-done:
 		return err
+	case <-over:
+		why = errAged
 	case <-s.drain:
 	}
 	select {
 	case <-st.idle: // a message the reader is in the middle of is told first
-		st.end()
-		return errDraining
+		st.end(StreamEnded)
+		return why
 	case err := <-done:
 		return err
 	}
@@ -199,6 +232,7 @@ type stream struct {
 	names  names
 	node   string
 	opened bool
+	aging  time.Time // from then on the stream ends at a good moment; zero: never
 }
 
 // ack is the empty StreamAccessLogsResponse.
@@ -210,7 +244,9 @@ func (ack) EncodeFrame() []byte { return nil }
 // read tells every message of the stream, until it ends.
 func (st *stream) read(ss grpc.ServerStream) error {
 	for {
+		asked := time.Now()
 		err := ss.RecvMsg(&st.in)
+		waited := time.Since(asked)
 		select {
 		case <-st.idle:
 		default: // drained
@@ -218,7 +254,7 @@ func (st *stream) read(ss grpc.ServerStream) error {
 		}
 		if err != nil {
 			st.in.Free()
-			st.end()
+			st.end(StreamEnded)
 			if errors.Is(err, io.EOF) {
 				return ss.SendMsg(ack{})
 			}
@@ -226,14 +262,18 @@ func (st *stream) read(ss grpc.ServerStream) error {
 		}
 		st.message(ss.Context())
 		st.in.Free()
+		if !st.aging.IsZero() && waited >= quiet && time.Now().After(st.aging) {
+			st.end(StreamAged) // and keeps the token
+			return errAged
+		}
 		st.idle <- struct{}{}
 	}
 }
 
 // end tells that the stream is over. The caller holds the token of st.idle.
-func (st *stream) end() {
+func (st *stream) end(how StreamEvent) {
 	if st.opened {
-		st.guard(context.Background(), func() { st.srv.sink.LogStream(st.node, StreamEnded) })
+		st.guard(context.Background(), func() { st.srv.sink.LogStream(st.node, how) })
 	}
 }
 
@@ -258,11 +298,12 @@ func (st *stream) message(ctx context.Context) {
 		st.node, st.opened = string(clip(st.batch.node, maxNode)), true
 		st.guard(ctx, func() { st.srv.sink.LogStream(st.node, StreamOpened) })
 	}
-	if st.batch.tcp {
-		st.srv.count(EventTCP)
-	}
 	for _, b := range st.batch.entries {
-		if err := st.entry.scan(b); err != nil {
+		scan := st.entry.scan
+		if st.batch.tcp {
+			scan = st.entry.scanTCP
+		}
+		if err := scan(b); err != nil {
 			st.srv.broken(ctx, "entry", err)
 			continue
 		}
@@ -284,10 +325,15 @@ func (st *stream) tell() {
 	switch {
 	case !e.ended():
 		st.srv.count(EventIntermediate)
-	case len(e.receipt) > 0:
-		st.srv.count(EventReceipted)
-		id, o := e.outcome(st.names)
-		st.srv.sink.Finish(id, o, true)
+	case e.receipted():
+		o := e.outcome(st.names)
+		// Chained filters get one decision; if they got two all the same, each has its outcome.
+		for i := range e.told {
+			if id := e.told[i].receipt; len(id) > 0 && !e.toldBefore(i) {
+				st.srv.count(EventReceipted)
+				st.srv.sink.Finish(string(id), o, true)
+			}
+		}
 	default:
 		st.srv.count(EventUnreceipted)
 		st.srv.sink.Unreceipted(e.unreceipted(st.node, st.names))

@@ -162,21 +162,31 @@ func TestStream(t *testing.T) {
 	old.CommonProperties.IntermediateLogEntry = true // deprecated, but older Envoys send it
 	attempt := logEntry()
 	attempt.CommonProperties.AccessLogType = datav3.AccessLogType_UpstreamEnd
+	both := logEntry()
+	both.CommonProperties.Metadata.FilterMetadata[NamespaceAuthz] = both.CommonProperties.Metadata.FilterMetadata[Namespace]
+	twice := withID("c")
+	twice.CommonProperties.Metadata.FilterMetadata[NamespaceAuthz] = logEntry().CommonProperties.Metadata.FilterMetadata[Namespace]
+	begun := tcpEntry()
+	begun.CommonProperties.AccessLogType = datav3.AccessLogType_TcpUpstreamConnected
+	denied := &datav3.AccessLogCommon{ResponseFlags: &datav3.ResponseFlags{UnauthorizedDetails: &datav3.ResponseFlags_Unauthorized{}}}
 	st := h.open(t, t.Context(),
 		identified(httpLogs(logEntry(), running, old, attempt, withID("panic"), withID("b")), "n1"),
 		&alsv3.StreamAccessLogsMessage{LogEntries: &alsv3.StreamAccessLogsMessage_TcpLogs{
-			TcpLogs: &alsv3.StreamAccessLogsMessage_TCPAccessLogEntries{LogEntry: []*datav3.TCPAccessLogEntry{{}}},
+			TcpLogs: &alsv3.StreamAccessLogsMessage_TCPAccessLogEntries{LogEntry: []*datav3.TCPAccessLogEntry{tcpEntry(), begun, {}, {CommonProperties: denied}}},
 		}},
-		httpLogs(local, without(), gap))
+		httpLogs(local, without(), gap), httpLogs(both, twice))
 	s.want(t, "n1 opened", "finish "+testID+" complete 200 final=true", "finish b complete 200 final=true",
+		"finish "+testID+" complete 0 final=true", "unreceipted n1 route= reached=false gap= ", "unreceipted n1 route= reached=false gap= ",
 		"unreceipted n1 route= reached=false gap= missing_host_header", "unreceipted n1 route=cart reached=true gap= via_upstream",
-		"unreceipted n1 route=cart reached=true gap=log_full via_upstream")
+		"unreceipted n1 route=cart reached=true gap=log_full via_upstream",
+		// The same id in two namespaces is one transaction; two ids are two decisions about it.
+		"finish "+testID+" complete 200 final=true", "finish "+testID+" complete 200 final=true", "finish c complete 200 final=true")
 	if _, err := st.CloseAndRecv(); err != nil {
 		t.Errorf("a stream that Envoy closes: %v", err)
 	}
 	s.want(t, "n1 ended")
-	want := []string{"receipted", "intermediate", "intermediate", "intermediate", "receipted", "panic", "receipted", "tcp",
-		"unreceipted", "unreceipted", "unreceipted"}
+	want := []string{"receipted", "intermediate", "intermediate", "intermediate", "receipted", "panic", "receipted",
+		"receipted", "intermediate", "unreceipted", "unreceipted", "unreceipted", "unreceipted", "unreceipted", "receipted", "receipted", "receipted"}
 	if got := h.counted(); !slices.Equal(got, want) {
 		t.Errorf("counted %v, want %v", got, want)
 	}
@@ -295,6 +305,77 @@ func TestDrainWaits(t *testing.T) {
 	})
 }
 
+// silent is Envoy's side of a stream without a network, whose messages come when a test sends them.
+type silent struct {
+	grpc.ServerStream
+	ctx    context.Context
+	frames chan []byte
+}
+
+func (f *silent) Context() context.Context { return f.ctx }
+
+func (f *silent) RecvMsg(m any) error {
+	select {
+	case <-f.ctx.Done():
+		return f.ctx.Err()
+	case b := <-f.frames:
+		return envoywire.Codec{}.Unmarshal(mem.BufferSlice{mem.SliceBuffer(b)}, m)
+	}
+}
+
+// TestAge: in the last quarter of its age a stream ends right after a message that was waited for, not in the middle of many; without one
+// it ends with its age.
+func TestAge(t *testing.T) {
+	frame, err := proto.Marshal(identified(httpLogs(logEntry()), "n1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := "finish " + testID + " complete 200 final=true"
+	for name, c := range map[string]struct {
+		sent []time.Duration // when messages come
+		want []string
+		at   time.Duration
+	}{
+		"a message in the last quarter": {[]time.Duration{time.Minute, 50 * time.Minute}, []string{"n1 opened", told, told, "n1 aged"}, 50 * time.Minute},
+		"none in the last quarter":      {[]time.Duration{time.Minute}, []string{"n1 opened", told, "n1 ended"}, time.Hour},
+		"one that was not waited for": {
+			[]time.Duration{45*time.Minute - 1, 45*time.Minute + 1, 50 * time.Minute},
+			[]string{"n1 opened", told, told, told, "n1 aged"}, 50 * time.Minute,
+		},
+		"silence": {nil, nil, time.Hour},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newSink()
+				srv, err := New(Config{Sink: s, Log: slog.New(slog.DiscardHandler), MaxStreamAge: time.Hour})
+				if err != nil {
+					t.Fatal(err)
+				}
+				ctx, cancel := context.WithCancel(t.Context())
+				st := &silent{ctx: ctx, frames: make(chan []byte, 8)}
+				ended := make(chan error, 1)
+				start := time.Now()
+				go func() { ended <- srv.serve(st) }()
+				go func() {
+					for _, at := range c.sent {
+						time.Sleep(at - time.Since(start))
+						st.frames <- frame
+					}
+				}()
+				if err := <-ended; status.Code(err) != codes.Unavailable || time.Since(start) != c.at {
+					t.Errorf("ended after %v with %v, want %v and Unavailable", time.Since(start), err, c.at)
+				}
+				s.want(t, c.want...)
+				cancel()
+				synctest.Wait()
+			})
+		})
+	}
+	if _, err := New(Config{Sink: newSink(), Log: slog.New(slog.DiscardHandler), MaxStreamAge: -1}); err == nil {
+		t.Error("a stream's age below 0 is accepted")
+	}
+}
+
 func TestMalformed(t *testing.T) {
 	s := newSink()
 	h := serve(t, s)
@@ -337,7 +418,7 @@ func TestOutcome(t *testing.T) {
 		if err := r.scan(b); err != nil {
 			t.Fatal(err)
 		}
-		return r.outcome(names{})
+		return string(r.told[1].receipt), r.outcome(names{})
 	}
 	id, got := read(logEntry())
 	want := policy.Outcome{

@@ -29,8 +29,12 @@ func (e *record) ended() bool {
 		return false
 	}
 	switch accesslogv3.AccessLogType(e.logType) {
-	case accesslogv3.AccessLogType_NotSet, accesslogv3.AccessLogType_DownstreamEnd:
+	case accesslogv3.AccessLogType_NotSet:
 		return true
+	case accesslogv3.AccessLogType_DownstreamEnd:
+		return !e.tcp
+	case accesslogv3.AccessLogType_TcpConnectionEnd:
+		return e.tcp
 	}
 	return false
 }
@@ -54,8 +58,8 @@ func (n names) of(b []byte) string {
 	return s
 }
 
-// outcome gives the receipt id and what became of it. Strings are copied, or kept in n.
-func (e *record) outcome(n names) (id string, o policy.Outcome) {
+// outcome gives what became of it. Strings are copied, or kept in n.
+func (e *record) outcome(n names) (o policy.Outcome) {
 	details := n.of(clip(e.details, maxDetails))
 	o = policy.Outcome{
 		Source:       "als",
@@ -71,6 +75,10 @@ func (e *record) outcome(n names) (id string, o policy.Outcome) {
 		Duration:     e.lastByte.Duration(),
 		CacheStatus:  string(clip(e.cacheStatus, maxCacheStatus)),
 	}
+	if e.tcp {
+		o.Result, o.Duration = envoywire.ConnectionResult(details, e.flags), e.duration.Duration()
+		return o
+	}
 	if envoywire.ServedByUpstream(details) {
 		o.UpstreamStatus = o.Status
 	}
@@ -81,16 +89,16 @@ func (e *record) outcome(n names) (id string, o policy.Outcome) {
 			o.Result = policy.ResultAborted
 		}
 	}
-	return string(e.receipt), o
+	return o
 }
 
 // unreceipted gives an entry without receipt id. Strings are copied.
 func (e *record) unreceipted(node string, n names) Entry {
-	_, o := e.outcome(n)
+	o := e.outcome(n)
 	return Entry{
 		Node:      node,
 		Route:     n.of(e.route),
-		Gap:       n.of(e.gap),
+		Gap:       n.of(e.gap()),
 		Reached:   o.UpstreamHost != "",
 		Method:    methodName(e.method),
 		Authority: string(e.authority),

@@ -1,6 +1,8 @@
 package accesslog
 
 import (
+	"bytes"
+
 	"google.golang.org/protobuf/encoding/protowire"
 
 	"github.com/knhk/sidecar/server/envoywire"
@@ -10,7 +12,7 @@ import (
 type batch struct {
 	identified bool   // the message carries an identifier: the first of a stream does
 	node       []byte // node id
-	tcp        bool   // entries of TCP connections, which are none of ours
+	tcp        bool   // entries are of TCP connections
 	entries    [][]byte
 }
 
@@ -37,29 +39,36 @@ func (b *batch) scan(frame []byte) error {
 			}
 			r.Fail(id.Err())
 		case r.IsMessage(2): // oneof with 3: whichever comes last counts; pieces of the same one are joined
-			b.tcp = false
-			logs := envoywire.NewReader(r.Bytes)
-			for logs.Next() {
-				if logs.IsMessage(1) {
-					b.entries = append(b.entries, logs.Bytes)
-				}
-			}
-			r.Fail(logs.Err())
+			r.Fail(b.logs(r.Bytes, false))
 		case r.IsMessage(3):
-			b.tcp = true
-			b.entries = b.entries[:0]
+			r.Fail(b.logs(r.Bytes, true))
 		}
 	}
 	return r.Err()
 }
 
-// record is what we read of one HTTPAccessLogEntry. Its slices point into the frame; nil: the field was not there.
+// logs reads HTTPAccessLogEntries or TCPAccessLogEntries.
+func (b *batch) logs(part []byte, tcp bool) error {
+	if b.tcp != tcp {
+		b.tcp, b.entries = tcp, b.entries[:0]
+	}
+	r := envoywire.NewReader(part)
+	for r.Next() {
+		if r.IsMessage(1) {
+			b.entries = append(b.entries, r.Bytes)
+		}
+	}
+	return r.Err()
+}
+
+// record is what we read of one HTTPAccessLogEntry or TCPAccessLogEntry. Its slices point into the frame; nil: the field was not there.
 type record struct {
+	tcp bool
 	// common_properties
 	remote       address
 	cluster      []byte
 	flags        envoywire.Flags
-	receipt, gap []byte
+	told         [len(namespaces)]told
 	route        []byte
 	attempts     uint32
 	intermediate bool
@@ -76,7 +85,43 @@ type record struct {
 	status        uint32
 	responseBytes uint64
 	cacheStatus   []byte
-	details       []byte
+	details       []byte // of a connection: connection_termination_details
+}
+
+// namespaces are searched for receipt ids, in this order.
+var namespaces = [...]string{NamespaceAuthz, Namespace, NamespaceAuthzConn}
+
+// told is what stands in one of namespaces.
+type told struct{ receipt, gap []byte }
+
+// receipted reports whether there is a receipt id.
+func (e *record) receipted() bool {
+	for i := range e.told {
+		if len(e.told[i].receipt) > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// toldBefore reports whether the id in namespace i stands in an earlier one too.
+func (e *record) toldBefore(i int) bool {
+	for _, t := range e.told[:i] {
+		if bytes.Equal(t.receipt, e.told[i].receipt) {
+			return true
+		}
+	}
+	return false
+}
+
+// gap is why it passed without a receipt; empty if it did not.
+func (e *record) gap() []byte {
+	for i := range e.told {
+		if g := e.told[i].gap; len(g) > 0 {
+			return g
+		}
+	}
+	return nil
 }
 
 // address is an envoy.config.core.v3.Address: a socket, a pipe or an internal listener.
@@ -110,6 +155,30 @@ func (e *record) scan(b []byte) error {
 	return r.Err()
 }
 
+// scanTCP reads one TCPAccessLogEntry. After an error e must not be used.
+func (e *record) scanTCP(b []byte) error {
+	*e = record{tcp: true}
+	r := envoywire.NewReader(b)
+	for r.Next() {
+		switch {
+		case r.IsMessage(1):
+			r.Fail(e.scanCommon(r.Bytes))
+		case r.IsMessage(2):
+			c := envoywire.NewReader(r.Bytes)
+			for c.Next() {
+				switch c.Num {
+				case 1:
+					c.Uint64(&e.requestBytes)
+				case 2:
+					c.Uint64(&e.responseBytes)
+				}
+			}
+			r.Fail(c.Err())
+		}
+	}
+	return r.Err()
+}
+
 // scanCommon reads an AccessLogCommon.
 func (e *record) scanCommon(b []byte) error {
 	r := envoywire.NewReader(b)
@@ -137,6 +206,10 @@ func (e *record) scanCommon(b []byte) error {
 			r.Text(&e.route)
 		case 24:
 			r.Uint32(&e.attempts)
+		case 25:
+			if e.tcp {
+				r.Text(&e.details)
+			}
 		case 27:
 			r.Bool(&e.intermediate)
 		case 33:
@@ -146,7 +219,7 @@ func (e *record) scanCommon(b []byte) error {
 	return r.Err()
 }
 
-// scanMetadata reads an envoy.config.core.v3.Metadata for our namespace. A later entry of the map replaces an earlier one.
+// scanMetadata reads an envoy.config.core.v3.Metadata for our namespaces. A later entry of the map replaces an earlier one.
 func (e *record) scanMetadata(b []byte) error {
 	r := envoywire.NewReader(b)
 	for r.Next() {
@@ -157,21 +230,24 @@ func (e *record) scanMetadata(b []byte) error {
 		if err != nil {
 			return err
 		}
-		if string(key) != Namespace {
-			continue
-		}
-		e.receipt, e.gap = nil, nil
-		if n == 1 {
-			r.Fail(e.scanStruct(value))
-		} else {
-			r.Fail(envoywire.EachValue(r.Bytes, e.scanStruct))
+		for i := range namespaces {
+			if string(key) != namespaces[i] {
+				continue
+			}
+			t := &e.told[i]
+			*t = told{}
+			if n == 1 {
+				r.Fail(t.scan(value))
+			} else {
+				r.Fail(envoywire.EachValue(r.Bytes, t.scan))
+			}
 		}
 	}
 	return r.Err()
 }
 
-// scanStruct reads a google.protobuf.Struct, or a further piece of one.
-func (e *record) scanStruct(b []byte) error {
+// scan reads a google.protobuf.Struct, or a further piece of one.
+func (t *told) scan(b []byte) error {
 	r := envoywire.NewReader(b)
 	for r.Next() {
 		if !r.IsMessage(1) {
@@ -184,9 +260,9 @@ func (e *record) scanStruct(b []byte) error {
 		var dst *[]byte
 		switch string(key) {
 		case keyReceipt:
-			dst = &e.receipt
+			dst = &t.receipt
 		case keyGap:
-			dst = &e.gap
+			dst = &t.gap
 		default:
 			continue
 		}
@@ -299,6 +375,9 @@ func (a *address) scan(b []byte) error {
 		}
 		v := envoywire.NewReader(r.Bytes)
 		for v.Next() {
+			if v.Num > 4 { // nor is 769 of kind 3 a field 1
+				continue
+			}
 			switch a.kind<<8 | v.Num {
 			case 1<<8 | 2, 2<<8 | 1, 3<<8 | 1:
 				v.Text(&a.host)

@@ -35,12 +35,20 @@ type sawEntry struct {
 func scannedEntry(e *record) sawEntry {
 	return sawEntry{
 		remote: fmt.Sprintf("%d %q %d %q", e.remote.kind, e.remote.host, e.remote.port, e.remote.namedPort), cluster: string(e.cluster),
-		flags: e.flags.String(), receipt: string(e.receipt), gap: string(e.gap), route: string(e.route), attempts: e.attempts,
+		flags: e.flags.String(), receipt: receipts(e), gap: string(e.gap()), route: string(e.route), attempts: e.attempts,
 		intermediate: e.intermediate, logType: e.logType, method: e.method, seconds: e.lastByte.seconds, nanos: e.lastByte.nanos,
 		durationSeconds: e.duration.seconds, durationNanos: e.duration.nanos,
 		authority: string(e.authority), path: string(e.path), requestID: string(e.requestID), cache: string(e.cacheStatus),
 		details: string(e.details), requestBytes: e.requestBytes, responseBytes: e.responseBytes, status: e.status,
 	}
+}
+
+// receipts are the ids in all namespaces.
+func receipts(e *record) (out string) {
+	for i := range e.told {
+		out += string(e.told[i].receipt) + " "
+	}
+	return out
 }
 
 func decodedEntry(p *datav3.HTTPAccessLogEntry) sawEntry {
@@ -54,11 +62,18 @@ func decodedEntry(p *datav3.HTTPAccessLogEntry) sawEntry {
 	case *corev3.Address_EnvoyInternalAddress:
 		remote = fmt.Sprintf(`3 %q 0 ""`, a.EnvoyInternalAddress.GetServerListenerName())
 	}
-	meta := c.GetMetadata().GetFilterMetadata()[Namespace].GetFields()
+	var receipt, gap string
+	for _, ns := range []string{"envoy.filters.http.ext_authz", "knhk", "envoy.filters.network.ext_authz"} {
+		meta := c.GetMetadata().GetFilterMetadata()[ns].GetFields()
+		receipt += meta[keyReceipt].GetStringValue() + " "
+		if gap == "" {
+			gap = meta[keyGap].GetStringValue()
+		}
+	}
 	d := c.GetTimeToLastDownstreamTxByte()
 	s := sawEntry{
 		remote: remote, cluster: c.GetUpstreamCluster(), route: c.GetRouteName(), attempts: c.GetUpstreamRequestAttemptCount(),
-		receipt: meta[keyReceipt].GetStringValue(), gap: meta[keyGap].GetStringValue(),
+		receipt: receipt, gap: gap,
 		intermediate: c.GetIntermediateLogEntry(), logType: int32(c.GetAccessLogType()), method: int32(req.GetRequestMethod()),
 		seconds: d.GetSeconds(), nanos: d.GetNanos(), durationSeconds: c.GetDuration().GetSeconds(), durationNanos: c.GetDuration().GetNanos(),
 		authority: req.GetAuthority(), path: req.GetPath(), requestID: req.GetRequestId(),
@@ -97,7 +112,7 @@ var (
 		3: {1: nil, 3: nil, 5: nil, 9: nil, 12: nil},
 		4: {1: {1: nil}, 3: nil, 4: {1: nil, 2: nil}, 6: nil},
 	}
-	readBatch = wiretest.Keep{1: {1: {1: nil}}, 2: {1: nil}, 3: nil}
+	readBatch = wiretest.Keep{1: {1: {1: nil}}, 2: {1: nil}, 3: {1: nil}}
 )
 
 func trimmed(t testing.TB, m proto.Message, keep wiretest.Keep) func([]byte) error {
@@ -137,9 +152,20 @@ func differ(t *testing.T, trimEntry, trimBatch func([]byte) error, b []byte) {
 	case wantErr == nil:
 		got := fmt.Sprintf("%v %q %v %d", s.identified, s.node, s.tcp, len(s.entries))
 		want := fmt.Sprintf("%v %q %v %d", m.GetIdentifier() != nil, m.GetIdentifier().GetNode().GetId(),
-			m.GetTcpLogs() != nil, len(m.GetHttpLogs().GetLogEntry()))
+			m.GetTcpLogs() != nil, len(m.GetHttpLogs().GetLogEntry())+len(m.GetTcpLogs().GetLogEntry()))
 		if got != want {
 			t.Fatalf("message %x:\n got %s\nwant %s", b, got, want)
+		}
+		for i, entry := range m.GetTcpLogs().GetLogEntry() {
+			if err := e.scanTCP(s.entries[i]); err != nil {
+				t.Fatalf("entry %d of %x: %v", i, b, err)
+			}
+			want := decodedEntry(&datav3.HTTPAccessLogEntry{CommonProperties: entry.GetCommonProperties()})
+			want.requestBytes, want.responseBytes = entry.GetConnectionProperties().GetReceivedBytes(), entry.GetConnectionProperties().GetSentBytes()
+			want.details = entry.GetCommonProperties().GetConnectionTerminationDetails()
+			if got := scannedEntry(&e); got != want {
+				t.Fatalf("entry %d of %x:\n got %+v\nwant %+v", i, b, got, want)
+			}
 		}
 		for i, entry := range m.GetHttpLogs().GetLogEntry() {
 			if err := e.scan(s.entries[i]); err != nil {
@@ -188,6 +214,15 @@ func logEntry() *datav3.HTTPAccessLogEntry {
 	}
 }
 
+// tcpEntry is the entry of a connection that ext_authz let pass.
+func tcpEntry() *datav3.TCPAccessLogEntry {
+	c := logEntry().GetCommonProperties()
+	c.Metadata.FilterMetadata = map[string]*structpb.Struct{NamespaceAuthzConn: {Fields: map[string]*structpb.Value{
+		keyReceipt: structpb.NewStringValue(testID)}}}
+	c.RouteName, c.ResponseFlags, c.AccessLogType = "", nil, datav3.AccessLogType_TcpConnectionEnd
+	return &datav3.TCPAccessLogEntry{CommonProperties: c, ConnectionProperties: &datav3.ConnectionProperties{ReceivedBytes: 7, SentBytes: 9}}
+}
+
 const testID = "01932c5e-8a4b-7c3d-9e2f-112233445566.a"
 
 func httpLogs(entries ...*datav3.HTTPAccessLogEntry) *alsv3.StreamAccessLogsMessage {
@@ -213,7 +248,7 @@ func seeds(t testing.TB) [][]byte {
 	entry := enc(logEntry())
 	logs := enc(identified(httpLogs(logEntry(), logEntry()), "n1"))
 	tcp := enc(&alsv3.StreamAccessLogsMessage{LogEntries: &alsv3.StreamAccessLogsMessage_TcpLogs{
-		TcpLogs: &alsv3.StreamAccessLogsMessage_TCPAccessLogEntries{LogEntry: []*datav3.TCPAccessLogEntry{{}}},
+		TcpLogs: &alsv3.StreamAccessLogsMessage_TCPAccessLogEntries{LogEntry: []*datav3.TCPAccessLogEntry{{}, tcpEntry()}},
 	}})
 	out := [][]byte{nil, entry, append(append([]byte(nil), entry...), entry...), logs, tcp, entry[:len(entry)-2], {0x0b, 0x0c}, {0x14}}
 	return append(out, append(append([]byte(nil), logs...), tcp...), append(append([]byte(nil), tcp...), logs...))
@@ -228,7 +263,7 @@ func TestScanAgreesWithGenerated(t *testing.T) {
 	}
 	g := wiretest.Generator{
 		Rand: rand.New(rand.NewPCG(5, 6)),
-		Words: []string{"", "a", Namespace, Namespace, Namespace, keyReceipt, keyReceipt, keyGap, "cache-status", "other",
+		Words: []string{"", "a", Namespace, Namespace, NamespaceAuthz, NamespaceAuthzConn, keyReceipt, keyReceipt, keyGap, "cache-status", "other",
 			"via_upstream", strings.Repeat("long", 40)},
 		Prefer: map[protoreflect.FullName][]protoreflect.FieldNumber{
 			"envoy.data.accesslog.v3.HTTPAccessLogEntry":         {1, 1, 1, 3, 4},
@@ -237,7 +272,7 @@ func TestScanAgreesWithGenerated(t *testing.T) {
 			"envoy.data.accesslog.v3.HTTPResponseProperties":     {1, 3, 4, 6},
 			"envoy.config.core.v3.Metadata":                      {1},
 			"google.protobuf.Value":                              {3},
-			"envoy.service.accesslog.v3.StreamAccessLogsMessage": {1, 2, 2, 3},
+			"envoy.service.accesslog.v3.StreamAccessLogsMessage": {1, 2, 2, 3, 3},
 			"envoy.config.core.v3.Node":                          {1},
 		},
 	}
@@ -284,7 +319,7 @@ func BenchmarkScan(b *testing.B) {
 			if err := e.scan(frame); err != nil {
 				b.Fatal(err)
 			}
-			if id, _ := e.outcome(kept); id == "" {
+			if o := e.outcome(kept); !e.receipted() || o.Status == 0 {
 				b.Fatal("no id")
 			}
 		}

@@ -1,8 +1,8 @@
 // Package admin serves the people and tools that run knhk: receipts over Connect (gRPC, gRPC-Web and JSON over HTTP),
 // /metrics, /livez, /readyz, /policy (the policy file of the log), /keys, /jwks.json, /revocations and Go's profiles under /debug/pprof/.
 //
-// It promises to be read-only: nothing here changes what is admitted or recorded. It authenticates nobody: server lets it
-// listen on loopback addresses and unix sockets only. It starts nothing; server serves the Handler.
+// It promises to be read-only: nothing here changes what is admitted or recorded. It authenticates nobody: server puts package access
+// before it. It starts nothing; server serves the handler.
 package admin
 
 import (
@@ -18,6 +18,7 @@ import (
 	"github.com/knhk/sidecar/api/knhk/admin/v1/adminv1connect"
 	"github.com/knhk/sidecar/crypto/receipt"
 	"github.com/knhk/sidecar/region/receiptlog"
+	"github.com/knhk/sidecar/server/access"
 )
 
 const (
@@ -37,8 +38,8 @@ type Config struct {
 }
 
 // New returns the handler of the admin listener.
-func New(cfg Config) http.Handler {
-	mux := http.NewServeMux()
+func New(cfg Config) *access.Mux {
+	mux := &access.Mux{}
 	mux.Handle(adminv1connect.NewReceiptServiceHandler(&receipts{cfg.Log, cfg.IdentityCustody, cfg.DailyCustody}))
 	publishKeys(mux, cfg.Log)
 	mux.Handle("GET /metrics", cfg.Metrics)
@@ -75,6 +76,8 @@ func code(err error) error {
 		return connect.NewError(connect.CodeNotFound, err)
 	case errors.Is(err, receiptlog.ErrPending):
 		return connect.NewError(connect.CodeFailedPrecondition, err)
+	case errors.Is(err, access.ErrRevoked):
+		return connect.NewError(connect.CodePermissionDenied, err)
 	case errors.Is(err, context.Canceled):
 		return connect.NewError(connect.CodeCanceled, err)
 	}
@@ -196,6 +199,9 @@ func (r *receipts) Tail(ctx context.Context, _ *adminv1.TailRequest, out *connec
 	for {
 		select {
 		case <-ctx.Done():
+			if err := context.Cause(ctx); errors.Is(err, access.ErrRevoked) {
+				return code(err)
+			}
 			return nil
 		case e := <-ch:
 			rec := &adminv1.Receipt{Id: e.ID, State: string(receiptlog.StatePending)}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/knhk/sidecar/crypto/keys"
 	"github.com/knhk/sidecar/crypto/rotation"
+	"github.com/knhk/sidecar/server/access"
 )
 
 // keySource is what of the log its keys are published from.
@@ -24,7 +25,7 @@ type keySource interface {
 
 // publishKeys adds what anybody may know of the log's keys: nothing of it is secret, and nothing of it is to be believed without
 // a policy file, for whoever stands between could have written it.
-func publishKeys(mux *http.ServeMux, src keySource) {
+func publishKeys(mux *access.Mux, src keySource) {
 	mux.HandleFunc("GET /keys", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		w.Write(keysText(src))

@@ -18,6 +18,7 @@ import (
 
 	"github.com/knhk/sidecar/crypto/keys"
 	"github.com/knhk/sidecar/crypto/rotation"
+	"github.com/knhk/sidecar/server/access"
 )
 
 type fakeLog struct {
@@ -61,7 +62,7 @@ func TestPublishedKeys(t *testing.T) {
 		},
 		Revocations: [][]byte{[]byte("note one\n\n— x AAAA\n"), []byte("note two")},
 	}}
-	mux := http.NewServeMux()
+	mux := &access.Mux{}
 	publishKeys(mux, f)
 	srv := httptest.NewServer(mux)
 	defer srv.Close()

@@ -1,13 +1,14 @@
-// Package admit is the one path from a request to a verdict, and from an access log entry to an outcome: classify, take a
-// credit of the beat, wait if need be, record, answer.
+// Package admit is the one path from a request to a verdict, and from an access log entry to an outcome: classify,
+// authorise, take a credit of the beat, wait if need be, record, answer.
 //
 // It promises that a request goes on only after its decision has reached its class's level in the receipt log (or its route
-// says on_receipt_failure: allow, which is counted as a gap), that whatever is unknown or fails is refused, and that every
-// reason is one of policy.Reason. server/extproc asks it for every request, server/accesslog tells it what became of them;
+// says on_receipt_failure: allow, which is counted as a gap), that once there are authorisation rules none goes on that no rule
+// permits, recorded or not, that whatever is unknown or fails is refused, and that every reason is one of policy.Reason. server/extproc asks it for every request, server/accesslog tells it what became of them;
 // server runs it. It holds no records itself.
 package admit
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"math/rand/v2"
@@ -19,8 +20,10 @@ import (
 	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
 	"github.com/knhk/sidecar/crypto/receipt"
 	"github.com/knhk/sidecar/policy"
+	"github.com/knhk/sidecar/policy/authz"
 	"github.com/knhk/sidecar/policy/beat"
 	"github.com/knhk/sidecar/policy/class"
+	"github.com/knhk/sidecar/policy/heat"
 	"github.com/knhk/sidecar/region/receiptlog"
 	"github.com/knhk/sidecar/region/wal"
 	"github.com/knhk/sidecar/server/accesslog"
@@ -69,7 +72,10 @@ type Pipeline struct {
 
 	held     held
 	finished recent
+	warm     warm
 	unheard  unheard
+	chained  atomic.Bool // a second filter asks about requests that were decided
+	passed   passed
 	logged   sync.Map // kinds of fault that were logged, to the second
 }
 
@@ -77,7 +83,11 @@ type Pipeline struct {
 type rules struct {
 	cfg     *config.Config
 	classes *class.Classifier
+	authz   *authz.Authorizer
+	heat    *heat.Heat // nil unless authz reads it
 	capture string
+	// replicas are the instances of the others in envoy.replicas.
+	replicas map[string]struct{}
 }
 
 // New makes a Pipeline. It starts nothing; without Advance or Run there is no tick and everything is refused.
@@ -98,10 +108,16 @@ func (p *Pipeline) Set(cfg *config.Config) error {
 	if err != nil {
 		return err
 	}
+	r := &rules{cfg: cfg, classes: classes, capture: "lean", replicas: replicasOf(cfg)}
+	if err := r.setAuthz(p.rules.Load()); err != nil {
+		return err
+	}
 	if err := p.beat.Reconfigure(cfg.Credits()); err != nil {
 		return err
 	}
-	r := &rules{cfg: cfg, classes: classes, capture: "lean"}
+	if cfg.Envoy.Filter == configv1.Filter_BOTH {
+		p.chained.Store(true)
+	}
 	if cfg.Envoy.Capture == configv1.Capture_FULL {
 		r.capture = "full"
 	}
@@ -117,6 +133,7 @@ func (p *Pipeline) Run(ctx context.Context) error {
 		left := p.advance(now)
 		p.held.expire(now, p.report)
 		p.finished.turn(now)
+		p.passed.turn(now)
 		select {
 		case <-ctx.Done():
 			p.held.expire(now.Add(holdFor+time.Hour), p.report)
@@ -147,39 +164,60 @@ func (p *Pipeline) since(now time.Time) time.Duration {
 func (p *Pipeline) Plan(route string) extproc.Plan {
 	r := p.rules.Load()
 	rp := r.cfg.Route(route)
-	return extproc.Plan{Exclude: rp.Exclude, ClassifyBody: rp.ClassifyBody, BodyLimit: class.MaxBody, Allow: rp.AllowOnFailure}
+	// What panicked before the rules permitted it must not pass, whatever the route says.
+	allow := rp.AllowOnFailure && r.authz.Empty()
+	return extproc.Plan{Exclude: rp.Exclude, ClassifyBody: rp.ClassifyBody, BodyLimit: class.MaxBody, Allow: allow}
 }
 
-// Admit decides and records; it blocks while the request is parked and until the decision has reached its class's level.
+// Admit decides and records; it blocks while the request is parked and until the decision has reached its class's level. A request that an
+// earlier filter has asked about gets the same decision again, and no second record.
 func (p *Pipeline) Admit(ctx context.Context, req *policy.Request) policy.Decision {
 	start := p.now()
-	d := p.decide(ctx, req)
-	if !d.Excluded {
+	d, again := p.decide(ctx, req)
+	if !d.Excluded && !again {
 		p.meter.Decided(d, p.now().Sub(start))
 	}
 	return d
 }
 
-func (p *Pipeline) decide(ctx context.Context, req *policy.Request) policy.Decision {
+// decide gives the decision; again says that it was given before.
+func (p *Pipeline) decide(ctx context.Context, req *policy.Request) (d policy.Decision, again bool) {
 	r := p.rules.Load()
 	route := r.cfg.Route(req.Route)
 	if route.Exclude {
-		return policy.Decision{Excluded: true}
+		return policy.Decision{Excluded: true}, false
 	}
+	if d, ok := p.earlier(r, req); ok {
+		return d, true
+	}
+	d = p.judge(ctx, r, route, req)
+	if d.ID != "" && d.Passes() && p.chained.Load() {
+		p.passed.put(d)
+	}
+	return d, false
+}
+
+func (p *Pipeline) judge(ctx context.Context, r *rules, route *config.RoutePolicy, req *policy.Request) policy.Decision {
 	if err := p.rec.Refusing(); err != nil {
-		return p.unrecorded(r, route, policy.Decision{}, err)
+		return p.unrecorded(r, route, req, p.unasked(r, route, req), err)
 	}
 	c := r.classes.Classify(req)
 	d := policy.Decision{Class: c.Class, Rule: c.Rule}
 	rec := receipt.Decision{
 		Tenant: route.Tenant, Class: c.Class.String(), Rule: c.Rule, DryRun: r.cfg.DryRun, PolicyDigest: r.cfg.PolicyDigest, Capture: r.capture,
 		SPIFFEID: req.SPIFFEID, Route: req.Route, Cluster: req.Cluster, TraceID: req.TraceID, SpanID: req.SpanID,
+		Parent: r.parent(req),
 	}
 	if c.Err != "" {
 		if c.Detail != "" {
 			p.logOnce(string(c.Err), "class rule failed: refused", "rule", c.Rule, "detail", c.Detail)
 		}
 		return p.refuse(ctx, r, route, req, &rec, d, c.Err, http.StatusServiceUnavailable)
+	}
+	a := p.authorise(r, req, c.Class)
+	d.Authz, rec.Authz = a.Rule, a.Rule
+	if a.Err != "" {
+		return p.refuse(ctx, r, route, req, &rec, d, a.Err, http.StatusForbidden)
 	}
 	limits, _ := r.cfg.Beat.Of(c.Class)
 	grant, ok := p.beat.Take(c.Class)
@@ -250,12 +288,12 @@ func (p *Pipeline) record(ctx context.Context, r *rules, route *config.RoutePoli
 		Method: req.Method, Scheme: req.Scheme, Authority: req.Authority, Path: req.Path, RequestID: req.RequestID, Source: req.Source,
 	})
 	if err != nil {
-		d = p.unrecorded(r, route, d, err)
+		d = p.unrecorded(r, route, req, d, err)
 		if rec.ID != "" {
 			// The decision may be in the log although it came too late: say what was done instead.
-			o := policy.Outcome{Source: "ext_proc", Result: policy.ResultLocalReply, Status: d.Status, Details: "knhk_" + string(d.Reason)}
+			o := policy.Outcome{Source: cmp.Or(req.Filter, "ext_proc"), Result: policy.ResultLocalReply, Status: d.Status, Details: "knhk_" + string(d.Reason)}
 			if d.Gap {
-				o = policy.Outcome{Source: "ext_proc", Result: policy.ResultUnknown, Details: "passed as a gap: " + string(d.Reason)}
+				o = policy.Outcome{Source: cmp.Or(req.Filter, "ext_proc"), Result: policy.ResultUnknown, Details: "passed as a gap: " + string(d.Reason)}
 			}
 			p.report(rec.ID, &o)
 		}
@@ -265,22 +303,26 @@ func (p *Pipeline) record(ctx context.Context, r *rules, route *config.RoutePoli
 	if r.cfg.DryRun && d.Verdict == policy.Refuse {
 		d.Verdict, d.Status, d.RetryAfter = policy.Admit, 0, 0
 	}
+	p.begin(r, req, d)
 	return d
 }
 
 // unrecorded is the one place that decides what becomes of a request whose decision cannot be recorded.
-func (p *Pipeline) unrecorded(r *rules, route *config.RoutePolicy, d policy.Decision, err error) policy.Decision {
+func (p *Pipeline) unrecorded(r *rules, route *config.RoutePolicy, req *policy.Request, d policy.Decision, err error) policy.Decision {
 	reason := reasonOf(err)
 	p.logOnce(string(reason), "decision cannot be recorded", "reason", reason, "error", err)
-	d = policy.Decision{Class: d.Class, Rule: d.Rule, Verdict: policy.Refuse, Reason: reason, Status: http.StatusServiceUnavailable, RetryAfter: time.Second}
+	permitted := r.permits(d)
+	d = policy.Decision{Class: d.Class, Rule: d.Rule, Authz: d.Authz, Verdict: policy.Refuse, Reason: reason, Status: http.StatusServiceUnavailable, RetryAfter: time.Second}
 	if reason == policy.ReasonTooLarge && !r.cfg.DryRun {
 		// The client's doing, not a failure of ours: on_receipt_failure does not apply, or a client could choose to go unrecorded.
 		d.Status, d.RetryAfter = http.StatusRequestHeaderFieldsTooLarge, 0
 		return d
 	}
-	if route.AllowOnFailure || r.cfg.DryRun {
+	if route.AllowOnFailure && permitted || r.cfg.DryRun {
 		d.Gap = true
-		p.meter.Gap("service")
+		if !req.GapCounted {
+			p.meter.Gap("service")
+		}
 	}
 	return d
 }
@@ -293,9 +335,13 @@ func (p *Pipeline) Abandon(req *policy.Request) {
 	if route.Exclude || p.rec.Refusing() != nil {
 		return // nothing went on, and nothing can be written
 	}
+	if _, ok := p.earlier(r, req); ok {
+		return // decided for the filter before, whose access log entry says the rest
+	}
 	rec := receipt.Decision{
 		Tenant: route.Tenant, Class: policy.ClassUnknown.String(), DryRun: r.cfg.DryRun, PolicyDigest: r.cfg.PolicyDigest, Capture: r.capture,
 		SPIFFEID: req.SPIFFEID, Route: req.Route, Cluster: req.Cluster, TraceID: req.TraceID, SpanID: req.SpanID,
+		Parent: r.parent(req),
 	}
 	d := p.refuse(context.Background(), r, route, req, &rec, policy.Decision{}, policy.ReasonClientGone, statusClientGone)
 	if d.ID != "" {
@@ -317,6 +363,9 @@ func (p *Pipeline) Finish(id string, o policy.Outcome, final bool) {
 		p.report(id, &o)
 		return
 	}
+	if p.rules.Load().elsewhere(id) {
+		return // decided there for an earlier filter; it hears of the outcome from the access log
+	}
 	if !final {
 		p.held.put(id, o, p.now())
 		return
@@ -330,6 +379,7 @@ const sourceAccessLog = "als"
 
 func (p *Pipeline) report(id string, o *policy.Outcome) {
 	p.meter.Outcome(o)
+	p.observe(id, o)
 	if err := p.rec.Outcome(context.Background(), id, o); err != nil {
 		p.logOnce("outcome", "outcome cannot be recorded", "receipt", id, "error", err)
 	}
@@ -356,6 +406,9 @@ func (p *Pipeline) Unreceipted(e accesslog.Entry) {
 func (p *Pipeline) LogStream(node string, ev accesslog.StreamEvent) {
 	if ev == accesslog.StreamOpened {
 		p.meter.AccessLog(1)
+		if p.unheard.resume(node, p.now()) {
+			return
+		}
 		p.meter.Unheard()
 		since := "ever"
 		if at := p.unheard.begin(node); !at.IsZero() {
@@ -366,6 +419,10 @@ func (p *Pipeline) LogStream(node string, ev accesslog.StreamEvent) {
 		return
 	}
 	p.meter.AccessLog(-1)
+	if ev == accesslog.StreamAged {
+		p.unheard.rest(node, p.now())
+		return
+	}
 	p.unheard.end(node, p.now())
 	p.log.Info("access log stream ended: an Envoy epoch may have ended with unsent entries", "node", node)
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
-	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -27,6 +26,7 @@ type recorder struct {
 	refusing error
 	appended bool // Decide fails after it has given an id
 	hang     bool // Decide waits for its context
+	real     bool // ids have the form of receipt ids
 	n        int
 	levels   []receiptlog.Level
 	decided  []receipt.Decision
@@ -41,6 +41,9 @@ func (r *recorder) Decide(ctx context.Context, level receiptlog.Level, d *receip
 	r.n++
 	if r.err == nil || r.appended {
 		d.ID = fmt.Sprintf("id-%d", r.n)
+		if r.real {
+			d.ID = fmt.Sprintf("01932c5e-8a4b-7c3d-9e2f-%012d.a", r.n)
+		}
 		r.decided, r.levels = append(r.decided, *d), append(r.levels, level)
 	}
 	if r.hang {
@@ -105,6 +108,7 @@ const testConfig = `origin: example.com/test
 instance: a
 state_dir: state
 listeners: {envoy: "127.0.0.1:9002", admin: "127.0.0.1:9003"}
+insecure_loopback: true
 keys: {identity: {uri: "soft:keys"}, daily: {uri: "soft:keys"}}
 beat:
   cycle: 0.08s
@@ -112,7 +116,7 @@ beat:
   w1: {capacity: 1, max_wait: 0.02s}
 class_rules:
 - {name: hot, when: 'path.startsWith("/hot")', class: R1}
-- {name: broken, when: 'path[0:1] == "x"', class: R1}
+- {name: broken, when: 'path == "/broken" && int(method) > 0', class: R1}
 routes:
 - {name: health, policy: {exclude: true}}
 - {name: open, policy: {on_receipt_failure: ALLOW, tenant: shop}}
@@ -121,8 +125,7 @@ routes:
 
 func newPipeline(t *testing.T, edit func(string) string) (*Pipeline, *recorder, *meter) {
 	t.Helper()
-	yaml := strings.Replace(testConfig, "- {name: broken, when: 'path[0:1] == \"x\"', class: R1}\n",
-		"- {name: broken, when: 'path == \"/broken\" && int(method) > 0', class: R1}\n", 1)
+	yaml := testConfig
 	if edit != nil {
 		yaml = edit(yaml)
 	}
@@ -265,6 +268,10 @@ func TestUnrecorded(t *testing.T) {
 				if d := p.Admit(t.Context(), &policy.Request{Route: "open"}); d.Passes() != c.allow || d.Gap != c.allow || m.gaps["service"] != map[bool]int{true: 1}[c.allow] {
 					t.Errorf("%v, early %v, route that allows: %+v, gaps %v", c.err, early, d, m.gaps)
 				}
+				before := m.gaps["service"]
+				if d := p.Admit(t.Context(), &policy.Request{Route: "open", GapCounted: true}); d.Gap != c.allow || m.gaps["service"] != before {
+					t.Errorf("%v, early %v, told to two filters: %+v, gaps %v", c.err, early, d, m.gaps)
+				}
 				if d := p.Admit(t.Context(), &policy.Request{Route: "health"}); !d.Passes() {
 					t.Errorf("%v: excluded route is refused: %+v", c.err, d)
 				}
@@ -284,11 +291,11 @@ func TestTooSlow(t *testing.T) {
 			t.Errorf("%+v after %v", d, took)
 		}
 		o := r.told("id-1")
-		if len(o) != 1 || o[0].Result != policy.ResultLocalReply || o[0].Status != 503 || o[0].Details != "knhk_log_unavailable" {
+		if len(o) != 1 || o[0].Result != policy.ResultLocalReply || o[0].Status != 503 || o[0].Details != "knhk_log_unavailable" || o[0].Source != "ext_proc" {
 			t.Errorf("outcome %+v", o)
 		}
-		d = p.Admit(t.Context(), &policy.Request{Route: "open"})
-		if o := r.told("id-2"); !d.Gap || len(o) != 1 || o[0].Result != policy.ResultUnknown {
+		d = p.Admit(t.Context(), &policy.Request{Route: "open", Filter: "ext_authz"})
+		if o := r.told("id-2"); !d.Gap || len(o) != 1 || o[0].Result != policy.ResultUnknown || o[0].Source != "ext_authz" {
 			t.Errorf("route that allows: %+v, outcome %+v", d, o)
 		}
 	})

@@ -125,6 +125,8 @@ var localReplies = []struct{ prefix, kind string }{
 	{"direct_response", "direct_response"},
 	{"upgrade_failed", "upgrade_refused"},
 	{"ext_proc", "ext_proc_failed"},
+	{"ext_authz_error", "ext_authz_failed"},
+	{"ext_authz_denied", "refused_unrecorded"},
 	{"knhk_", "refused_unrecorded"},
 	{"http1.", "protocol_error"},
 	{"http2.remote_re", "client_abort"}, // remote_reset, remote_refuse

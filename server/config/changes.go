@@ -8,9 +8,9 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// immutable are the settings that a running server has built on: its identity, its directories, sockets and keys, and the
+// immutable are the settings that a running server has built on: who it is, its directories, sockets and keys, and the
 // clock of its ticks. Everything else can be taken over by a reload.
-var immutable = []string{"origin", "instance", "state_dir", "listeners", "keys", "log", "beat.cycle", "envoy.capture", "succeeds"}
+var immutable = []string{"origin", "instance", "state_dir", "listeners", "identity", "insecure_loopback", "keys", "log", "beat.cycle", "envoy.capture", "succeeds"}
 
 // Changes names the settings that differ between two configurations and that a reload cannot apply, as paths such as
 // log.seal_every, sorted. Defaults count as if they were written out. Without any, after can replace before.

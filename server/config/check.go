@@ -1,7 +1,6 @@
 package config
 
 import (
-	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -10,8 +9,6 @@ import (
 
 	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
 	"github.com/knhk/sidecar/crypto/keys"
-	"github.com/knhk/sidecar/policy"
-	"github.com/knhk/sidecar/policy/class"
 )
 
 // fault reports a problem between settings. It points at the first of paths that the file sets; if any of them is wrong in
@@ -37,14 +34,19 @@ func (d *document) fault(message string, paths ...string) {
 func (d *document) check(c *configv1.Config) {
 	d.checkZeros()
 	d.checkListeners(c)
+	d.checkIdentity(c)
 	d.checkKeys(c.GetKeys())
 	d.checkLog(c)
 	d.checkBeat(c)
 	d.checkRules(c.GetClassRules())
+	d.checkAuthz(c.GetAuthzRules())
 	d.checkPolicy(c.GetDefaultRoute(), "default_route")
 	d.checkClusters(c.GetEnvoy().GetClusters())
 	d.checkReplicas(c)
+	d.checkEnvoyTLS(c)
 	d.checkRoutes(c)
+	d.checkFilter(c)
+	d.checkParents(c)
 	if strings.ContainsRune(c.GetStateDir(), 0) {
 		d.fault("contains a NUL", "state_dir")
 	}
@@ -73,6 +75,7 @@ func (d *document) checkListeners(c *configv1.Config) {
 		{path: "listeners.envoy", text: c.GetListeners().GetEnvoy()},
 		{path: "listeners.admin", text: c.GetListeners().GetAdmin()},
 		{path: "listeners.tiles", text: c.GetListeners().GetTiles()},
+		{path: "listeners.probes", text: c.GetListeners().GetProbes(), public: true},
 		{path: "envoy.listener", text: c.GetEnvoy().GetListener(), public: true},
 		{path: "envoy.admin", text: c.GetEnvoy().GetAdmin()},
 	} {
@@ -91,9 +94,11 @@ func (d *document) checkListeners(c *configv1.Config) {
 		case ofEnvoy && addr.port() == 0:
 			d.fault("port 0 is a different one at each start: name a port", l.path)
 			continue
+		case !ofEnvoy && !l.public:
+			d.checkReachable(c, addr, l.path)
 		case !addr.loopback() && !l.public:
-			d.fault(fmt.Sprintf("%s can be reached from other machines, and there is no TLS on it yet: whoever connects is "+
-				"believed; use a loopback address such as 127.0.0.1, or unix:/path", addr), l.path)
+			d.fault(fmt.Sprintf("%s can be reached from other machines, and Envoy's admin interface asks nobody who he is: use a "+
+				"loopback address such as 127.0.0.1", addr), l.path)
 		}
 		for _, t := range taken {
 			if addr.overlaps(t.addr) {
@@ -175,38 +180,6 @@ func (d *document) checkBeat(c *configv1.Config) {
 	}
 }
 
-func (d *document) checkRules(rules []*configv1.ClassRule) {
-	names := make(map[string]string, len(rules))
-	var compile []class.Rule
-	var paths []string // of the rules in compile
-	for i, r := range rules {
-		path := fmt.Sprintf("class_rules[%d]", i)
-		d.unique(names, r.GetName(), path+".name", path+".name")
-		if d.isBad(path+".when") || r.GetWhen() == "" {
-			continue
-		}
-		// The names and classes are judged here, so that package class judges expressions only.
-		compile = append(compile, class.Rule{Name: path, Expr: r.GetWhen(), Class: policy.W1})
-		paths = append(paths, path+".when")
-	}
-	_, err := class.New(class.Config{Rules: compile})
-	var faults class.RuleErrors
-	if !errors.As(err, &faults) {
-		if err != nil {
-			d.report(0, 0, "", err.Error())
-		}
-		return
-	}
-	for _, f := range faults {
-		path := paths[f.Index]
-		line, column, exact := d.position(path)
-		if at := d.places[path]; exact && f.Line > 0 {
-			line, column = d.locate(at.value, f.Line, f.Column)
-		}
-		d.report(line, column, path, "CEL: "+f.Msg)
-	}
-}
-
 func (d *document) checkPolicy(p *configv1.RoutePolicy, path string) {
 	if p.GetExclude() && p.GetClassifyBody() {
 		d.fault("cannot stand beside exclude: an excluded request never reaches us, nor does its body",
@@ -252,9 +225,9 @@ func (d *document) checkReplicas(c *configv1.Config) {
 			continue
 		case addr.Network == "tcp" && addr.port() == 0:
 			d.fault("port 0 cannot be connected to", path+".address")
-		case !addr.loopback():
-			d.fault(fmt.Sprintf("%s is on another machine, and there is no TLS to it yet: use a loopback address such as 127.0.0.1, "+
-				"or unix:/path", addr), path+".address")
+		case !addr.loopback() && c.GetIdentity() == nil:
+			d.fault(fmt.Sprintf("%s is on another machine, and there is no TLS to it: set identity, or use unix:/path, or, for "+
+				"development, a loopback address such as 127.0.0.1", addr), path+".address")
 		}
 		if other, dup := addrs[addr]; dup {
 			d.fault(fmt.Sprintf("%s is the address of %s too", addr, other), path+".address")

@@ -13,15 +13,20 @@ package config
 import (
 	"crypto/sha256"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
 	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
 	"github.com/knhk/sidecar/crypto/keys"
 	"github.com/knhk/sidecar/policy"
+	"github.com/knhk/sidecar/policy/authz"
 	"github.com/knhk/sidecar/policy/beat"
 	"github.com/knhk/sidecar/policy/class"
+	"github.com/knhk/sidecar/server/access"
 )
 
 // Config is one knhk.yaml with all defaults applied. It is not changed after Load; callers must not change it either.
@@ -36,11 +41,16 @@ type Config struct {
 	Beat         Beat
 	DefaultRoute RoutePolicy
 	Envoy        Envoy
-	DryRun       bool
+	DryRun       bool    // dry_run, or envoy.shadow_mode
+	Parents      Parents // whose knhk-parent header is believed
 	Shutdown     Shutdown
 	Succeeds     Succeeds
+	Identity     Identity                           // zero: none
+	Roles        map[access.Role][]access.Principal // who has each role
+	// InsecureLoopback: whoever connects to a TCP listener, all of which have loopback addresses then, has every role.
+	InsecureLoopback bool
 	// PolicyDigest names what decides about requests: the first half of the SHA-256 of the deterministic protobuf encoding
-	// of beat, class_rules, default_route, routes and dry_run, with defaults applied. It stands in every record.
+	// of beat, class_rules, authz_rules, default_route, routes and dry_run, with defaults applied. It stands in every record.
 	PolicyDigest [16]byte
 
 	pb     *configv1.Config
@@ -68,6 +78,24 @@ func (a Address) String() string {
 type Listeners struct {
 	Envoy, Admin Address
 	Tiles        Address // zero: not served
+	Probes       Address // zero: not served
+}
+
+// Identity is who knhk is to others: exactly one of WorkloadAPI and Files is set.
+type Identity struct {
+	ID          spiffeid.ID
+	WorkloadAPI string // unix:/path
+	Files       *TLSFiles
+	SVIDTTL     time.Duration
+}
+
+// IsZero reports whether there is no identity.
+func (i Identity) IsZero() bool { return i.ID.IsZero() }
+
+// TLSFiles are names of PEM files.
+type TLSFiles struct {
+	Certificate, Key, CA string
+	Federated            map[spiffeid.TrustDomain]string
 }
 
 // Keys are the signing keys.
@@ -132,6 +160,8 @@ type RoutePolicy struct {
 type Envoy struct {
 	Listener, Admin       Address
 	Capture               configv1.Capture // LEAN or FULL
+	Filter                configv1.Filter  // EXT_PROC, EXT_AUTHZ or BOTH
+	ShadowMode            bool             // Envoy lets everything pass; only with EXT_AUTHZ
 	MessageTimeout        time.Duration
 	AccessLogFlush        time.Duration
 	MaxRequests           uint32
@@ -166,6 +196,18 @@ func (c *Config) Classes() class.Config {
 	}
 	return out
 }
+
+// Authz returns the rules that package authz needs, in order.
+func (c *Config) Authz() []authz.Rule {
+	out := make([]authz.Rule, len(c.pb.GetAuthzRules()))
+	for i, r := range c.pb.GetAuthzRules() {
+		out[i] = authzRule(r)
+	}
+	return out
+}
+
+// RouteNames returns the names of the routes that are listed, in no order.
+func (c *Config) RouteNames() []string { return slices.Collect(maps.Keys(c.routes)) }
 
 // Credits returns the part that package beat needs.
 func (c *Config) Credits() beat.Config {
@@ -224,13 +266,15 @@ func build(file string, pb *configv1.Config) (*Config, error) {
 		},
 		Envoy: Envoy{
 			Capture:               pb.GetEnvoy().GetCapture(),
+			Filter:                pb.GetEnvoy().GetFilter(),
+			ShadowMode:            pb.GetEnvoy().GetShadowMode(),
 			MessageTimeout:        pb.GetEnvoy().GetMessageTimeout().AsDuration(),
 			AccessLogFlush:        pb.GetEnvoy().GetAccessLogFlush().AsDuration(),
 			MaxRequests:           pb.GetEnvoy().GetMaxRequests(),
 			MaxConnectionDuration: pb.GetEnvoy().GetMaxConnectionDuration().AsDuration(),
 		},
 		DefaultRoute: routePolicy(pb.GetDefaultRoute()),
-		DryRun:       pb.GetDryRun(),
+		DryRun:       dryRun(pb),
 		Shutdown: Shutdown{
 			Announce: pb.GetShutdown().GetAnnounce().AsDuration(),
 			Drain:    pb.GetShutdown().GetDrain().AsDuration(),
@@ -249,6 +293,7 @@ func build(file string, pb *configv1.Config) (*Config, error) {
 		{&c.Listeners.Envoy, pb.GetListeners().GetEnvoy()},
 		{&c.Listeners.Admin, pb.GetListeners().GetAdmin()},
 		{&c.Listeners.Tiles, pb.GetListeners().GetTiles()},
+		{&c.Listeners.Probes, pb.GetListeners().GetProbes()},
 		{&c.Envoy.Listener, pb.GetEnvoy().GetListener()},
 		{&c.Envoy.Admin, pb.GetEnvoy().GetAdmin()},
 	} {
@@ -260,13 +305,20 @@ func build(file string, pb *configv1.Config) (*Config, error) {
 			return nil, fmt.Errorf("config: %w", err)
 		}
 	}
+	if err := c.buildIdentity(pb); err != nil {
+		return nil, err
+	}
+	var err error
+	if c.Parents, err = parents(pb.GetParents()); err != nil {
+		return nil, fmt.Errorf("config: parents: %w", err)
+	}
 	for _, r := range pb.GetRoutes() {
 		p := routePolicy(r.GetPolicy())
 		c.routes[r.GetName()] = &p
 	}
 	encoded, err := proto.MarshalOptions{Deterministic: true}.Marshal(&configv1.Config{
 		Beat: pb.GetBeat(), ClassRules: pb.GetClassRules(), DefaultRoute: pb.GetDefaultRoute(), Routes: pb.GetRoutes(),
-		DryRun: pb.GetDryRun(),
+		AuthzRules: pb.GetAuthzRules(), DryRun: dryRun(pb),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("config: encode the policy for its digest: %w", err)

@@ -11,14 +11,17 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
 	"github.com/knhk/sidecar/crypto/keys"
+	"github.com/knhk/sidecar/crypto/spiffe"
 	"github.com/knhk/sidecar/policy"
 	"github.com/knhk/sidecar/policy/beat"
 	"github.com/knhk/sidecar/policy/class"
+	"github.com/knhk/sidecar/server/access"
 )
 
 // minimal sets only what has no default.
@@ -28,6 +31,7 @@ state_dir: /x
 listeners:
   envoy: unix:/run/e.sock
   admin: localhost:9090
+insecure_loopback: true
 keys:
   identity: {uri: soft:k}
   daily: {uri: soft:k}
@@ -90,7 +94,8 @@ func documentedDefaults(t *testing.T) []documented {
 
 // TestDefaults holds the comments of config.proto against what Load gives.
 func TestDefaults(t *testing.T) {
-	c := parse(t, minimal+"routes:\n- name: r\n")
+	c := parse(t, strings.Replace(minimal, "insecure_loopback: true", "identity: {spiffe_id: 'spiffe://x/y', workload_api: 'unix:/s'}", 1)+
+		"routes:\n- name: r\n")
 	instances := make(map[string][]protoreflect.Message) // by name of the message, and by path
 	var walk func(m protoreflect.Message, path string)
 	walk = func(m protoreflect.Message, path string) {
@@ -155,12 +160,17 @@ func TestLoadFull(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	below, err := spiffe.ParsePattern("spiffe://shop.example/edge/*")
+	if err != nil {
+		t.Fatal(err)
+	}
 	const ms = time.Millisecond
 	const module = "?module-path=/usr/lib/softhsm/libsofthsm2.so&pin-source="
 	want := Config{
 		File: "testdata/full.yaml", Origin: "example.com/knhk/prod", Instance: "a-1", StateDir: "/var/lib/knhk",
 		Listeners: Listeners{
 			Envoy: Address{"unix", "/run/knhk/envoy.sock"}, Admin: Address{"tcp", "127.0.0.1:9090"}, Tiles: Address{"tcp", "[::1]:9091"},
+			Probes: Address{"tcp", "0.0.0.0:9092"},
 		},
 		Keys: Keys{
 			Identity:         Key{"pkcs11:token=knhk;object=identity" + module + "file:/etc/knhk/pin", keys.P256},
@@ -174,11 +184,26 @@ func TestLoadFull(t *testing.T) {
 		},
 		DefaultRoute: RoutePolicy{Class: policy.R1, AllowOnFailure: true, Exclude: true, Tenant: "shared"},
 		Envoy: Envoy{
-			Address{"tcp", "0.0.0.0:8080"}, Address{"tcp", "127.0.0.1:8081"}, configv1.Capture_FULL,
+			Address{"tcp", "0.0.0.0:8080"}, Address{"tcp", "127.0.0.1:8081"}, configv1.Capture_FULL, configv1.Filter_EXT_PROC, false,
 			3 * time.Second, 100 * ms, 5000, 10 * time.Minute,
 		},
-		DryRun: true, Shutdown: Shutdown{time.Second, 20 * time.Second},
+		DryRun: true, Parents: Parents{
+			exact: map[string]struct{}{"spiffe://shop.example/envoy": {}}, below: []spiffe.Pattern{below},
+		}, Shutdown: Shutdown{time.Second, 20 * time.Second},
 		Succeeds: Succeeds{Seal: "/var/lib/knhk/old.seal", Policy: "/var/lib/knhk/old.policy"},
+	}
+	partner, other := spiffeid.RequireTrustDomainFromString("partner.example"), spiffeid.RequireTrustDomainFromString("other.example")
+	want.Identity = Identity{
+		ID: spiffeid.RequireFromString("spiffe://example.com/knhk"), SVIDTTL: 30 * time.Minute,
+		Files: &TLSFiles{
+			"/etc/knhk/certificate.pem", "/etc/knhk/key.pem", "/etc/knhk/bundle.pem",
+			map[spiffeid.TrustDomain]string{partner: "/etc/knhk/partner.pem", other: "/etc/knhk/other.pem"},
+		},
+	}
+	want.Roles = map[access.Role][]access.Principal{
+		access.Envoy:    {principal(t, "spiffe://example.com/envoy"), principal(t, "spiffe://example.com/edge/*"), principal(t, "uid:101")},
+		access.Operator: {principal(t, "spiffe://example.com/ops/alice")}, access.Auditor: {principal(t, "spiffe://partner.example/auditor")},
+		access.Peer: {principal(t, "spiffe://other.example/*")},
 	}
 	got := *c
 	got.PolicyDigest, got.pb, got.routes = [16]byte{}, nil, nil
@@ -233,6 +258,7 @@ func TestPolicyDigest(t *testing.T) {
 		{"what is no policy", "log: {seal_every: 2s}\nshutdown: {drain: 1s}\nenvoy: {capture: FULL}\n", true},
 		{"capacity", "beat: {w1: {capacity: 4095}}\n", false},
 		{"a rule", "class_rules: [{name: a, when: 'true', class: R1}]\n", false},
+		{"an authorisation rule", "authz_rules: [{name: a, effect: PERMIT}]\n", false},
 		{"the default route", "default_route: {tenant: x}\n", false},
 		{"a route", "routes: [{name: a}]\n", false},
 		{"dry_run", "dry_run: true\n", false},
@@ -250,9 +276,10 @@ func TestPolicyDigest(t *testing.T) {
 
 // reloadable is the complement of immutable: a new setting has to be put into one of the two.
 var reloadable = []string{
-	"beat.r1", "beat.w1", "class_rules", "default_route", "routes", "envoy.listener", "envoy.admin", "envoy.clusters",
-	"envoy.message_timeout", "envoy.access_log_flush", "envoy.max_requests", "envoy.max_connection_duration", "envoy.replicas",
-	"dry_run", "shutdown",
+	"beat.r1", "beat.w1", "class_rules", "authz_rules", "parents", "default_route", "routes", "envoy.listener", "envoy.admin", "envoy.clusters",
+	"envoy.message_timeout", "envoy.access_log_flush", "envoy.max_requests", "envoy.max_connection_duration", "envoy.replicas", "envoy.tls",
+	"envoy.filter", "envoy.shadow_mode",
+	"dry_run", "shutdown", "roles",
 }
 
 func TestEverySettingIsImmutableOrReloadable(t *testing.T) {
@@ -281,6 +308,10 @@ func TestChanges(t *testing.T) {
 	}{
 		{"origin", "example.com/knhk/other", []string{"origin"}},
 		{"listeners.tiles", "", []string{"listeners.tiles"}},
+		{"identity.svid_ttl", "29m", []string{"identity.svid_ttl"}},
+		{"identity.files.federated", "[]", []string{"identity.files.federated"}},
+		{"roles", "{}", nil},
+		{"roles.envoy", "[]", nil},
 		{"keys.daily.algorithm", "ED25519", []string{"keys.daily.algorithm"}},
 		{"keys.rotation_interval", "6h", []string{"keys.rotation_interval"}},
 		{"keys.allow_exportable", "false", []string{"keys.allow_exportable"}},
@@ -290,6 +321,7 @@ func TestChanges(t *testing.T) {
 		{"beat.cycle", "512ms", []string{"beat.cycle"}}, // tick numbers count this clock
 		{"beat.w1.capacity", "501", nil},
 		{"class_rules", "[]", nil},
+		{"authz_rules", "[]", nil},
 		{"routes", "[]", nil},
 		{"dry_run", "false", nil},
 		{"instance", "a-1 # the same", nil},

@@ -29,11 +29,15 @@ func applyDefaults(c *configv1.Config) {
 		setDuration(&r.Timeout, 15*time.Second)
 	}
 	setEnvoy(need(&c.Envoy))
+	setEnvoyTLS(c)
 	s := need(&c.Shutdown)
 	setDuration(&s.Announce, 2*time.Second)
 	setDuration(&s.Drain, 10*time.Second)
+	if c.Identity != nil {
+		setDuration(&c.Identity.SvidTtl, time.Hour)
+	}
 	l := need(&c.Listeners)
-	addrs := []*string{&l.Envoy, &l.Admin, &l.Tiles, &c.Envoy.Listener, &c.Envoy.Admin}
+	addrs := []*string{&l.Envoy, &l.Admin, &l.Tiles, &l.Probes, &c.Envoy.Listener, &c.Envoy.Admin}
 	for _, r := range c.Envoy.Replicas {
 		addrs = append(addrs, &r.Address)
 	}
@@ -88,6 +92,9 @@ func setEnvoy(e *configv1.Envoy) {
 	setString(&e.Admin, "127.0.0.1:9901")
 	if e.Capture == configv1.Capture_CAPTURE_UNSPECIFIED {
 		e.Capture = configv1.Capture_LEAN
+	}
+	if e.Filter == configv1.Filter_FILTER_UNSPECIFIED {
+		e.Filter = configv1.Filter_EXT_PROC
 	}
 	setDuration(&e.MessageTimeout, 2*time.Second)
 	setDuration(&e.AccessLogFlush, 200*time.Millisecond)

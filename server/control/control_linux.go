@@ -6,6 +6,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/knhk/sidecar/server/access"
 )
 
 // directory is an open directory; names in it are reached through the descriptor, so that they are short.
@@ -25,18 +27,4 @@ func (d *directory) path(name string) string {
 func (d *directory) close() error { return d.f.Close() }
 
 // peerUID asks the kernel for the user at the other end.
-func peerUID(c *net.UnixConn) (int, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return -1, err
-	}
-	var cred *unix.Ucred
-	var credErr error
-	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return -1, err
-	}
-	if credErr != nil {
-		return -1, credErr
-	}
-	return int(cred.Uid), nil
-}
+func peerUID(c *net.UnixConn) (int, error) { return access.PeerUID(c) }

@@ -11,6 +11,11 @@ type Flags uint64
 
 // The flags by which Result tells how a transaction ended.
 const (
+	FlagNoHealthyUpstream        Flags = 1 << 2  // UH
+	FlagUpstreamOverflow         Flags = 1 << 8  // UO
+	FlagNoRoute                  Flags = 1 << 9  // NR
+	FlagUnauthorized             Flags = 1 << 13 // UAEX
+	FlagNoCluster                Flags = 1 << 25 // NC
 	FlagUpstreamTimeout          Flags = 1 << 3  // UT
 	FlagUpstreamRemoteReset      Flags = 1 << 5  // UR
 	FlagUpstreamConnectFailure   Flags = 1 << 6  // UF

@@ -100,6 +100,20 @@ func interrupted(f Flags, r policy.Result) policy.Result {
 	return r
 }
 
+// ConnectionResult is Result for a TCP connection, from its connection_termination_details. One that ended without a word or a flag is
+// complete: TCP does not tell more.
+func ConnectionResult(details string, f Flags) policy.Result {
+	switch {
+	case f.has(FlagUnauthorized):
+		return policy.ResultLocalReply
+	case f.has(FlagNoHealthyUpstream | FlagNoRoute | FlagNoCluster | FlagUpstreamOverflow):
+		return policy.ResultUpstream
+	case details != "":
+		return interrupted(f, policy.ResultLocalReply)
+	}
+	return interrupted(f, policy.ResultComplete)
+}
+
 // ServedByUpstream reports whether the response code that came with these details was given by the upstream.
 func ServedByUpstream(details string) bool {
 	return details == "via_upstream" || details == "internal_redirect" ||

@@ -139,3 +139,24 @@ func TestFlagsString(t *testing.T) {
 		t.Errorf("got %q, %v", f, err)
 	}
 }
+
+func TestConnectionResult(t *testing.T) {
+	for _, c := range []struct {
+		details string
+		flags   envoywire.Flags
+		want    policy.Result
+	}{
+		{"", 0, policy.ResultComplete}, // TCP does not say who closed first
+		{"", envoywire.FlagUnauthorized, policy.ResultLocalReply},
+		{"", envoywire.FlagNoHealthyUpstream, policy.ResultUpstream},
+		{"", envoywire.FlagUpstreamConnectFailure, policy.ResultUpstream},
+		{"", envoywire.FlagDownstreamClosed, policy.ResultClientAbort},
+		{"", envoywire.FlagUpstreamRemoteReset, policy.ResultUpstream},
+		{"", envoywire.FlagStreamIdleTimeout, policy.ResultTimeout},
+		{"rbac_access_denied", 0, policy.ResultLocalReply},
+	} {
+		if got := envoywire.ConnectionResult(c.details, c.flags); got != c.want {
+			t.Errorf("%q, flags %v: %v, want %v", c.details, c.flags, got, c.want)
+		}
+	}
+}

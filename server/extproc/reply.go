@@ -17,6 +17,13 @@ import (
 // metadata_options.receiving_namespaces.
 const Namespace = "knhk"
 
+// NamespaceAuthz is where Envoy keeps the dynamic metadata that an ext_authz filter of the same chain got from server/extauthz, under the
+// same keys.
+const NamespaceAuthz = "envoy.filters.http.ext_authz"
+
+// HeaderParent is the request header in which the Envoy before this one gives its receipt id for the request.
+const HeaderParent = "knhk-parent"
+
 // Keys in Namespace.
 const (
 	KeyReceipt = "receipt" // receipt id
@@ -115,8 +122,8 @@ func proceedWith(p phase, d policy.Decision) reply {
 // refuse answers in the upstream's stead.
 func refuse(d policy.Decision) reply { return reply{wire: appendRefusal(make([]byte, 0, 384), d)} }
 
-// refusalStatus is the HTTP status of a refusal: the decision's own if it is an error status, else by its reason.
-func refusalStatus(d policy.Decision) int {
+// RefusalStatus is the HTTP status of a refusal: the decision's own if it is an error status, else by its reason.
+func RefusalStatus(d policy.Decision) int {
 	switch {
 	case d.Status >= 400 && d.Status <= 599:
 		return d.Status
@@ -126,8 +133,8 @@ func refusalStatus(d policy.Decision) int {
 	return 503
 }
 
-// retryAfter is the value of a Retry-After header: whole seconds, rounded up, at least 1; 0 for no header.
-func retryAfter(d time.Duration) int64 {
+// RetryAfter is the value of a Retry-After header: whole seconds, rounded up, at least 1; 0 for no header.
+func RetryAfter(d time.Duration) int64 {
 	if d <= 0 {
 		return 0
 	}
@@ -139,31 +146,23 @@ func appendRefusal(b []byte, d policy.Decision) []byte {
 	if d.Reason == "" {
 		d.Reason = policy.ReasonInternal
 	}
-	reason := text(string(d.Reason))
+	reason := Text(string(d.Reason))
 	b, im := open(b, 7)
 
 	b, at := open(b, 1) // HttpStatus
 	b = protowire.AppendTag(b, 1, protowire.VarintType)
-	b = protowire.AppendVarint(b, uint64(refusalStatus(d)))
+	b = protowire.AppendVarint(b, uint64(RefusalStatus(d)))
 	b = shut(b, at)
 
 	b, at = open(b, 2) // HeaderMutation
 	b = appendHeader(b, "content-type", "text/plain")
-	if s := retryAfter(d.RetryAfter); s > 0 {
+	if s := RetryAfter(d.RetryAfter); s > 0 {
 		var num [20]byte
 		b = appendHeader(b, "retry-after", string(strconv.AppendInt(num[:0], s, 10)))
 	}
 	b = shut(b, at)
 
-	b, at = open(b, 3) // body
-	b = append(b, "refused: "...)
-	b = append(b, reason...)
-	if d.ID != "" {
-		b = append(b, ", receipt "...)
-		b = append(b, d.ID...)
-	}
-	b = append(b, '\n')
-	b = shut(b, at)
+	b = appendText(b, 3, RefusalBody(d))
 
 	b, at = open(b, 5) // details
 	b = append(b, DetailsPrefix...)
@@ -172,6 +171,14 @@ func appendRefusal(b []byte, d policy.Decision) []byte {
 
 	b = shut(b, im)
 	return appendMetadata(b, d)
+}
+
+// RefusalBody is what the client of a refused request reads: one line of text.
+func RefusalBody(d policy.Decision) string {
+	if d.ID == "" {
+		return "refused: " + Text(string(d.Reason)) + "\n"
+	}
+	return "refused: " + Text(string(d.Reason)) + ", receipt " + Text(d.ID) + "\n"
 }
 
 // appendHeader encodes HeaderMutation.set_headers with OVERWRITE_IF_EXISTS_OR_ADD.
@@ -198,10 +205,12 @@ func appendMetadata(b []byte, d policy.Decision) []byte {
 	b, value := open(b, 2)
 	b, st := open(b, 5)
 	if d.ID != "" {
-		b = appendField(b, KeyReceipt, text(d.ID))
-		b = appendField(b, KeyClass, d.Class.String())
+		b = appendField(b, KeyReceipt, Text(d.ID))
+		if d.Class != policy.ClassUnknown || !d.Passes() { // not known here: decided by another replica
+			b = appendField(b, KeyClass, d.Class.String())
+		}
 	} else {
-		b = appendField(b, KeyGap, text(string(d.Reason)))
+		b = appendField(b, KeyGap, Text(string(d.Reason)))
 	}
 	b = shut(b, st)
 	b = shut(b, value)
@@ -224,8 +233,8 @@ func appendText(b []byte, num protowire.Number, s string) []byte {
 	return protowire.AppendString(protowire.AppendTag(b, num, protowire.BytesType), s)
 }
 
-// text keeps Envoy's protobuf decoder from rejecting a reply for a string that is not UTF-8.
-func text(s string) string {
+// Text keeps Envoy's protobuf decoder from rejecting a reply for a string that is not UTF-8.
+func Text(s string) string {
 	if utf8.ValidString(s) {
 		return s
 	}

@@ -129,9 +129,13 @@ func FuzzReplies(f *testing.F) {
 		var meta *structpb.Struct
 		switch {
 		case id != "":
-			meta = wantMetadata(map[string]string{KeyReceipt: text(id), KeyClass: d.Class.String()})
+			fields := map[string]string{KeyReceipt: Text(id), KeyClass: d.Class.String()}
+			if d.Passes() && d.Class == policy.ClassUnknown { // decided by another replica, which has told Envoy
+				delete(fields, KeyClass)
+			}
+			meta = wantMetadata(fields)
 		case gap:
-			meta = wantMetadata(map[string]string{KeyGap: text(reason)})
+			meta = wantMetadata(map[string]string{KeyGap: Text(reason)})
 		}
 		for p := phaseRequestHeaders; p <= phaseResponseTrailers; p++ {
 			r := proceedWith(p, d)

@@ -321,7 +321,7 @@ func (st *stream) fillRequest(ctx context.Context) {
 	}{
 		{m.method, &st.req.Method}, {m.scheme, &st.req.Scheme}, {m.authority, &st.req.Authority}, {m.path, &st.req.Path},
 		{m.requestID, &st.req.RequestID}, {a.route, &st.req.Route}, {a.cluster, &st.req.Cluster}, {a.source, &st.req.Source},
-		{a.spiffeID, &st.req.SPIFFEID},
+		{a.spiffeID, &st.req.SPIFFEID}, {m.parent, &st.req.Parent}, {m.decided.id(), &st.req.Decided},
 	}
 	total := 0
 	for i := range parts {
@@ -337,7 +337,8 @@ func (st *stream) fillRequest(ctx context.Context) {
 		n := len(parts[i].src)
 		*parts[i].dst, all = all[:n], all[n:]
 	}
-	st.req.TraceID, st.req.SpanID = traceParent(ctx)
+	st.req.GapCounted = m.decided.gap()
+	st.req.TraceID, st.req.SpanID = envoywire.TraceParent(ctx)
 }
 
 // maxDetails bounds policy.Outcome.Details, in bytes.

@@ -39,7 +39,8 @@ const maxCacheStatus = 256
 //
 // Headers that stand more than once: the first counts, for pseudo-headers as for the others. Envoy rejects repeated
 // pseudo-headers and joins repeated x-request-id values itself, so that this only decides what a broken sender gets. The
-// exception is cache-status, a list by RFC 9211, whose values are joined with ", " up to maxCacheStatus bytes.
+// exceptions are cache-status, a list by RFC 9211, whose values are joined with ", " up to maxCacheStatus bytes, and the parent, of which
+// several are none.
 type message struct {
 	phase         phase
 	observability bool
@@ -50,6 +51,7 @@ type message struct {
 	// HttpHeaders
 	method, scheme, authority, path []byte
 	requestID, contentLength        []byte
+	parent                          []byte
 	status                          []byte
 	cacheStatus                     []byte
 	// HttpHeaders and HttpBody
@@ -57,8 +59,27 @@ type message struct {
 	// HttpBody
 	body []byte
 
-	attrs attributes
+	attrs   attributes
+	decided decided
 }
+
+// decided are the receipt ids in the dynamic metadata that filters before this one left: Envoy sends them if their namespaces stand in
+// metadata_options.forwarding_namespaces.
+type decided struct {
+	authz, own receiptID // by ext_authz; by another ext_proc
+}
+
+// id is the one that counts: on a redirect that Envoy follows itself nothing stays of the first request's (Envoy 1.40), but if it did it
+// would be our own.
+func (d *decided) id() []byte {
+	if len(d.authz.text) > 0 {
+		return d.authz.text
+	}
+	return d.own.text
+}
+
+// gap: one of them let the request pass without a receipt.
+func (d *decided) gap() bool { return d.authz.gap || d.own.gap }
 
 // attributes are the values that `knhk bootstrap` has Envoy send, request and response side together.
 type attributes struct {
@@ -72,9 +93,9 @@ func (m *message) reset() { *m = message{cacheStatus: m.cacheStatus[:0]} }
 
 // clearPart forgets the phase's content: another member of the oneof was set after it.
 func (m *message) clearPart() {
-	attrs, obs, mode := m.attrs, m.observability, m.requestBodyMode
+	attrs, dec, obs, mode := m.attrs, m.decided, m.observability, m.requestBodyMode
 	m.reset()
-	m.attrs, m.observability, m.requestBodyMode = attrs, obs, mode
+	m.attrs, m.decided, m.observability, m.requestBodyMode = attrs, dec, obs, mode
 }
 
 // scan reads one ProcessingRequest. After an error m holds what was read until then and must not be used.
@@ -90,6 +111,10 @@ func (m *message) scan(b []byte) error {
 					m.phase = p
 				}
 				r.Fail(m.scanPart(r.Bytes))
+			}
+		case 8:
+			if r.IsMessage(8) {
+				r.Fail(m.decided.scan(r.Bytes))
 			}
 		case 9:
 			if r.IsMessage(9) {
@@ -187,6 +212,10 @@ func (m *message) header(key, value []byte) {
 		dst = &m.requestID
 	case "content-length":
 		dst = &m.contentLength
+	case HeaderParent:
+		if dst = &m.parent; m.parent != nil { // several: nobody can say which is meant
+			m.parent = []byte{}
+		}
 	case "cache-status":
 		if len(m.cacheStatus) > 0 {
 			m.cacheStatus = append(m.cacheStatus, ", "...)
@@ -203,6 +232,74 @@ func (m *message) header(key, value []byte) {
 		}
 		*dst = value
 	}
+}
+
+// scan reads an envoy.config.core.v3.Metadata, or a further piece of one. A later entry of a namespace replaces an earlier one.
+func (d *decided) scan(b []byte) error {
+	r := envoywire.NewReader(b)
+	for r.Next() {
+		if !r.IsMessage(1) {
+			continue
+		}
+		key, value, n, err := envoywire.MapEntry(r.Bytes)
+		if err != nil {
+			return err
+		}
+		var id receiptID
+		var dst *receiptID
+		switch string(key) {
+		case NamespaceAuthz:
+			dst = &d.authz
+		case Namespace:
+			dst = &d.own
+		default:
+			continue
+		}
+		if n == 1 {
+			err = id.scan(value)
+		} else {
+			err = envoywire.EachValue(r.Bytes, id.scan)
+		}
+		r.Fail(err)
+		*dst = id
+	}
+	return r.Err()
+}
+
+// receiptID is the text under KeyReceipt of a Struct, and whether there is one under KeyGap.
+type receiptID struct {
+	text []byte
+	gap  bool
+}
+
+// scan reads a google.protobuf.Struct, or a further piece of one.
+func (id *receiptID) scan(b []byte) error {
+	r := envoywire.NewReader(b)
+	for r.Next() {
+		if !r.IsMessage(1) {
+			continue
+		}
+		key, value, n, err := envoywire.MapEntry(r.Bytes)
+		if err != nil {
+			return err
+		}
+		if string(key) != KeyReceipt && string(key) != KeyGap {
+			continue
+		}
+		var v structValue
+		if n == 1 {
+			err = v.scan(value)
+		} else {
+			err = envoywire.EachValue(r.Bytes, v.scan)
+		}
+		r.Fail(err)
+		if string(key) == KeyGap {
+			id.gap = len(v.text) > 0
+			continue
+		}
+		id.text = v.text
+	}
+	return r.Err()
 }
 
 // scanAttributes reads one entry of ProcessingRequest.attributes, a map from filter name to Struct. A later entry with

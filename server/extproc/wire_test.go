@@ -24,10 +24,12 @@ type seen struct {
 	phase                           phase
 	observability, end              bool
 	mode                            int32
-	headers                         [7]string // "-" in front: was there
+	headers                         [8]string // "-" in front: was there
 	cache, body                     string
 	route, cluster, source, spiffe  string
 	upstream, details, attemptsBits string
+	decided                         string
+	gap                             bool
 }
 
 func mark(b []byte) string {
@@ -42,12 +44,13 @@ func scanned(m *message) seen {
 	a := &m.attrs
 	return seen{
 		phase: m.phase, observability: m.observability, end: m.endOfStream, mode: m.requestBodyMode,
-		headers: [7]string{mark(m.method), mark(m.scheme), mark(m.authority), mark(m.path), mark(m.requestID),
-			mark(m.contentLength), mark(m.status)},
+		headers: [8]string{mark(m.method), mark(m.scheme), mark(m.authority), mark(m.path), mark(m.requestID),
+			mark(m.contentLength), mark(m.status), mark(m.parent)},
 		cache: string(m.cacheStatus), body: string(m.body),
 		route: string(a.route), cluster: string(a.cluster), source: string(a.source), spiffe: string(a.spiffeID),
 		upstream: string(a.upstream), details: string(a.details),
 		attemptsBits: fmt.Sprint(math.Float64bits(a.attempts)),
+		decided:      string(m.decided.id()), gap: m.decided.gap(),
 	}
 }
 
@@ -70,7 +73,7 @@ func decoded(p *extprocv3.ProcessingRequest) seen {
 		s.phase = phaseResponseTrailers
 	}
 	s.end = s.end || headers.GetEndOfStream()
-	names := []string{":method", ":scheme", ":authority", ":path", "x-request-id", "content-length", ":status"}
+	names := []string{":method", ":scheme", ":authority", ":path", "x-request-id", "content-length", ":status", HeaderParent}
 	var cache []byte
 	for _, h := range headers.GetHeaders().GetHeaders() {
 		value := h.GetValue()
@@ -78,8 +81,12 @@ func decoded(p *extprocv3.ProcessingRequest) seen {
 			value = string(h.GetRawValue())
 		}
 		for i, n := range names {
-			if n == h.GetKey() && s.headers[i] == "" {
+			switch {
+			case n != h.GetKey():
+			case s.headers[i] == "":
 				s.headers[i] = "-" + value
+			case n == HeaderParent:
+				s.headers[i] = "-"
 			}
 		}
 		if h.GetKey() == "cache-status" {
@@ -96,6 +103,12 @@ func decoded(p *extprocv3.ProcessingRequest) seen {
 	s.source, s.spiffe = a["source.address"].GetStringValue(), a["connection.uri_san_peer_certificate"].GetStringValue()
 	s.upstream, s.details = a["upstream.address"].GetStringValue(), a["response.code_details"].GetStringValue()
 	s.attemptsBits = fmt.Sprint(math.Float64bits(a["upstream.request_attempt_count"].GetNumberValue()))
+	for _, ns := range []string{NamespaceAuthz, Namespace} {
+		if s.decided == "" {
+			s.decided = p.GetMetadataContext().GetFilterMetadata()[ns].GetFields()[KeyReceipt].GetStringValue()
+		}
+		s.gap = s.gap || p.GetMetadataContext().GetFilterMetadata()[ns].GetFields()[KeyGap].GetStringValue() != ""
+	}
 	return s
 }
 
@@ -104,7 +117,7 @@ func decoded(p *extprocv3.ProcessingRequest) seen {
 var read = func() wiretest.Keep {
 	headers := wiretest.Keep{1: {1: {1: nil, 2: nil, 3: nil}}, 3: nil}
 	return wiretest.Keep{
-		2: headers, 3: headers, 4: {1: nil, 2: nil}, 5: nil, 6: nil, 7: nil, 9: {1: nil, 2: nil}, 10: nil, 11: {1: nil},
+		2: headers, 3: headers, 4: {1: nil, 2: nil}, 5: nil, 6: nil, 7: nil, 8: {1: {1: nil, 2: nil}}, 9: {1: nil, 2: nil}, 10: nil, 11: {1: nil},
 	}
 }()
 
@@ -148,16 +161,13 @@ func trimmed(t testing.TB) func([]byte) error {
 		if err := message(b); err != nil {
 			return err
 		}
-		for _, entry := range pieces(b, 9) {
-			if mapKey(entry) != attributesKey {
-				continue
-			}
-			for _, attributes := range pieces(entry, 2) {
-				if err := fields(attributes); err != nil {
+		inside := func(entry []byte, names ...string) error {
+			for _, st := range pieces(entry, 2) {
+				if err := fields(st); err != nil {
 					return err
 				}
-				for _, field := range pieces(attributes, 1) {
-					if !slices.Contains(ours, mapKey(field)) {
+				for _, field := range pieces(st, 1) {
+					if !slices.Contains(names, mapKey(field)) {
 						continue
 					}
 					for _, v := range pieces(field, 2) {
@@ -166,6 +176,25 @@ func trimmed(t testing.TB) func([]byte) error {
 						}
 					}
 				}
+			}
+			return nil
+		}
+		for _, meta := range pieces(b, 8) {
+			for _, entry := range pieces(meta, 1) {
+				if k := mapKey(entry); k != NamespaceAuthz && k != Namespace {
+					continue
+				}
+				if err := inside(entry, KeyReceipt, KeyGap); err != nil {
+					return err
+				}
+			}
+		}
+		for _, entry := range pieces(b, 9) {
+			if mapKey(entry) != attributesKey {
+				continue
+			}
+			if err := inside(entry, ours...); err != nil {
+				return err
 			}
 		}
 		return nil
@@ -250,6 +279,10 @@ func seeds(t testing.TB) [][]byte {
 	body := enc(&extprocv3.ProcessingRequest{Request: &extprocv3.ProcessingRequest_RequestBody{
 		RequestBody: &extprocv3.HttpBody{Body: []byte("\xffbytes"), EndOfStream: true},
 	}})
+	meta := enc(&extprocv3.ProcessingRequest{MetadataContext: &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{
+		NamespaceAuthz: {Fields: map[string]*structpb.Value{KeyReceipt: structpb.NewStringValue(testID), "class": structpb.NewStringValue("W1")}},
+		Namespace:      {Fields: map[string]*structpb.Value{KeyReceipt: structpb.NewStringValue("x"), KeyGap: structpb.NewStringValue("log_full")}},
+	}}})
 	join := func(parts ...[]byte) []byte {
 		var out []byte
 		for _, p := range parts {
@@ -267,6 +300,7 @@ func seeds(t testing.TB) [][]byte {
 	}
 	return [][]byte{
 		nil, req, resp, body,
+		meta, join(req, meta), join(meta, meta, req, body), meta[:len(meta)-1],
 		join(req, req),                    // the same member twice: merged
 		join(req, body, req),              // another member between: forgotten
 		join(req, resp),                   // last member wins, attributes of the last
@@ -293,11 +327,12 @@ func TestScanAgreesWithGenerated(t *testing.T) {
 	g := wiretest.Generator{
 		Rand: rand.New(rand.NewPCG(1, 2)),
 		Words: []string{"", "a", ":method", ":path", ":scheme", ":authority", ":status", "x-request-id", "content-length",
-			"cache-status", attributesKey, attributesKey, attributesKey, "xds.route_name", "xds.cluster_name", "source.address",
+			"cache-status", HeaderParent, NamespaceAuthz, Namespace, KeyReceipt, KeyGap, attributesKey, attributesKey, attributesKey, "xds.route_name", "xds.cluster_name", "source.address",
 			"connection.uri_san_peer_certificate", "upstream.address", "response.code_details", "upstream.request_attempt_count",
 			strings.Repeat("long", 40)},
 		Prefer: map[protoreflect.FullName][]protoreflect.FieldNumber{
-			md.FullName():                           {2, 3, 4, 7, 9, 9, 9, 10, 11},
+			md.FullName():                           {2, 3, 4, 7, 8, 8, 9, 9, 9, 10, 11},
+			"envoy.config.core.v3.Metadata":         {1},
 			"envoy.service.ext_proc.v3.HttpHeaders": {1, 1, 3},
 			"google.protobuf.Value":                 {2, 3, 3},
 		},

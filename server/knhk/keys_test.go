@@ -160,6 +160,7 @@ func configFor(t *testing.T, dir, name, identity, daily, more string) string {
 instance: a
 state_dir: %q
 listeners: {envoy: "127.0.0.1:0", admin: "127.0.0.1:0"}
+insecure_loopback: true
 keys:
   identity: {uri: %q}
   daily: {uri: %q}

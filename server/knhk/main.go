@@ -102,7 +102,7 @@ and keeps the records in a transparency log that anyone can check offline.`,
 		return nil
 	}
 	cmd.SetHelpTemplate(cmd.HelpTemplate() + exitCodes)
-	cmd.AddCommand(serveCmd(), checkCmd(), bootstrapCmd(), receiptsCmd(), verifyCmd(), fsckCmd(), keysCmd())
+	cmd.AddCommand(serveCmd(), checkCmd(), bootstrapCmd(), receiptsCmd(), verifyCmd(), fsckCmd(), keysCmd(), authzCmd(), devIssuerCmd())
 	cmd.CompletionOptions.HiddenDefaultCmd = true
 	return cmd
 }

@@ -8,10 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
 	"os"
-	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -32,32 +29,9 @@ func receiptsCmd() *cobra.Command {
 		Args:  args(cobra.NoArgs),
 		RunE:  func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	admin := os.Getenv("KNHK_ADMIN")
-	if admin == "" {
-		admin = defaultAdmin
-	}
-	cmd.PersistentFlags().String("admin", admin, "admin listener of knhk: host:port or unix:/path (default from KNHK_ADMIN)")
+	adminFlags(cmd)
 	cmd.AddCommand(getCmd(), listCmd(), exportCmd(), tailCmd(), statusCmd())
 	return cmd
-}
-
-// client talks to the admin listener.
-func client(cmd *cobra.Command) (adminv1connect.ReceiptServiceClient, error) {
-	addr, _ := cmd.Flags().GetString("admin")
-	t := &http.Transport{}
-	url := "http://" + addr
-	path, unix := strings.CutPrefix(addr, "unix:")
-	if _, _, err := net.SplitHostPort(addr); err != nil && !unix {
-		return nil, usageError{fmt.Errorf("--admin %q: want host:port or unix:/path", addr)}
-	}
-	if unix {
-		t.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-			var d net.Dialer
-			return d.DialContext(ctx, "unix", path)
-		}
-		url = "http://localhost"
-	}
-	return adminv1connect.NewReceiptServiceClient(&http.Client{Transport: t}, url), nil
 }
 
 // said turns an error of the admin API into one line that says what to do.
@@ -70,7 +44,12 @@ func said(cmd *cobra.Command, err error) error {
 	if !errors.As(err, &ce) {
 		return err
 	}
+	if r := (refusal{}); errors.As(err, &r) {
+		return fmt.Errorf("admin listener %s: %w", addr, r)
+	}
 	switch ce.Code() {
+	case connect.CodePermissionDenied:
+		return fmt.Errorf("refused by knhk at %s: %s", addr, ce.Message())
 	case connect.CodeUnavailable:
 		return fmt.Errorf("cannot reach knhk at %s (%s): is it running? --admin or KNHK_ADMIN says where", addr, ce.Message())
 	case connect.CodeFailedPrecondition:

@@ -59,7 +59,7 @@ const (
 //	other-origin     the policy of a log of another origin
 //	other-key        a policy for the same origin with another identity key
 //	state/           a state directory that was closed in order, with five receipts
-//	example.yaml     examples/knhk.yaml
+//	example.yaml     examples/ext-proc/knhk.yaml
 //
 // Besides testscript's commands there are
 //
@@ -69,12 +69,13 @@ const (
 //	token                        makes a SoftHSM token "knhk", its PIN in the file pin, and sets MODULE; only where the condition softhsm holds
 //	p11key LABEL KIND            a program: makes a key in that token that may not sign (nosign), or that can leave it (exportable)
 //	fill FILES...                replaces $NAME in the files
+//	appears FILE                 waits for a file that another process writes
 //	refused TEXT CONFIG          serve and keys check both end with exit code 1 and one and the same line, which holds the text
 func TestScripts(t *testing.T) {
 	shared := t.TempDir()
 	makeBundles(t, shared)
 	makeState(t, filepath.Join(shared, "state"))
-	example, err := os.ReadFile(filepath.Join("..", "..", "examples", "knhk.yaml"))
+	example, err := os.ReadFile(filepath.Join("..", "..", "examples", "ext-proc", "knhk.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +93,7 @@ func TestScripts(t *testing.T) {
 			"exits": exits,
 			"lock":  lock,
 			"spoil": spoil,
-			"token": token, "fill": fill, "refused": refused,
+			"token": token, "fill": fill, "refused": refused, "appears": appears,
 		},
 		Condition: func(cond string) (bool, error) {
 			if cond != "softhsm" {
@@ -177,6 +178,20 @@ func lock(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	ts.Defer(func() { f.Close() })
 	ts.Check(syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB))
+}
+
+func appears(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: appears FILE")
+	}
+	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		if _, err := os.Stat(ts.MkAbs(args[0])); err == nil {
+			return
+		}
+		if time.Now().After(end) {
+			ts.Fatalf("%s does not appear", args[0])
+		}
+	}
 }
 
 // spoil changes one byte in the middle of every file that matches.

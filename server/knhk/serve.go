@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
@@ -130,7 +131,10 @@ func bootstrapCmd() *cobra.Command {
 		Use:   "bootstrap",
 		Short: "Write the Envoy configuration that goes with knhk.yaml",
 		Long: `Write an Envoy bootstrap (YAML, or JSON with -o json) to standard output: listener, routes and clusters of knhk.yaml, and
-everything that makes Envoy fail closed around knhk. It needs Envoy 1.39.1 or later.`,
+everything that makes Envoy fail closed around knhk. It needs Envoy 1.39.1 or later.
+
+With envoy.tls.files Envoy also reads small files beside the certificates, which name them: only so does it read certificates again when
+they are replaced. --write-secrets writes these too.`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			path, _ := cmd.Flags().GetString("config")
@@ -141,6 +145,18 @@ everything that makes Envoy fail closed around knhk. It needs Envoy 1.39.1 or la
 			b, err := bootstrap.Bootstrap(cfg.Proto())
 			if err != nil {
 				return err
+			}
+			secrets, err := bootstrap.Secrets(cfg.Proto())
+			if err != nil {
+				return err
+			}
+			write, _ := cmd.Flags().GetBool("write-secrets")
+			for _, s := range secrets {
+				if !write {
+					fmt.Fprintf(cmd.ErrOrStderr(), "note: Envoy also reads %s; --write-secrets writes it\n", s.Path)
+				} else if err := replaceFile(s.Path, s.YAML); err != nil {
+					return fmt.Errorf("write secrets: %w", err)
+				}
 			}
 			out, err := bootstrap.YAML(b)
 			if err == nil && wantJSON(cmd) {
@@ -155,7 +171,22 @@ everything that makes Envoy fail closed around knhk. It needs Envoy 1.39.1 or la
 		},
 	}
 	configFlag(cmd)
+	cmd.Flags().Bool("write-secrets", false, "with envoy.tls.files: also write the files that name the certificates, beside them")
 	return cmd
+}
+
+// replaceFile puts content in the place of a file by a rename, which is what Envoy watches for. Nothing in it is secret.
+func replaceFile(name string, content []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(name), filepath.Base(name)+".*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // no longer there if all went well
+	_, err = f.Write(content)
+	if err := errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), name)
 }
 
 func printJSON(cmd *cobra.Command, v any) error {

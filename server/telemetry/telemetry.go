@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -51,6 +52,9 @@ type Metrics struct {
 	alsOpen                             metric.Int64UpDownCounter
 	duration, signing                   metric.Float64Histogram
 	keyFailures                         *counter[keyFailure]
+	refused                             *counter[refusal]
+	identityUpdates, identityErrors     *counter[struct{}]
+	identityNotAfter                    atomic.Int64 // Unix seconds; 0 without an identity
 
 	byClass [4][]metric.RecordOption
 	byRole  sync.Map // role -> []metric.RecordOption
@@ -62,6 +66,9 @@ type keyFailure struct {
 	op   keys.Op
 	kind keys.FailureKind
 }
+
+// refusal is of whom a listener refused: from closed sets.
+type refusal struct{ listener, cause string }
 
 type decisionKey struct {
 	class   policy.Class
@@ -85,7 +92,7 @@ func New() (*Metrics, error) {
 	m := &Metrics{provider: sdk.NewMeterProvider(sdk.WithReader(exp))}
 	m.handler = promhttp.HandlerFor(reg, promhttp.HandlerOpts{})
 	m.meter = m.provider.Meter("github.com/knhk/sidecar")
-	var errs [9]error
+	var errs [13]error
 	m.decisions, errs[0] = newCounter(m.meter, names.Decisions, "{decision}", "Verdicts given.", func(k decisionKey) []attribute.KeyValue {
 		return []attribute.KeyValue{attribute.String(names.AttrClass, k.class.String()), attribute.String(names.AttrVerdict, k.verdict.String()),
 			attribute.String(names.AttrReason, string(k.reason))}
@@ -99,7 +106,7 @@ func New() (*Metrics, error) {
 	none := func(struct{}) []attribute.KeyValue { return nil }
 	m.unreceipted, errs[2] = newCounter(m.meter, names.Unreceipted, "{transaction}", "Transactions in the access log without a decision.", one(names.AttrKind))
 	m.gaps, errs[3] = newCounter(m.meter, names.Gaps, "{transaction}", "Transactions that passed without a receipt.", one(names.AttrSource))
-	m.streams, errs[4] = newCounter(m.meter, names.Streams, "{event}", "Events of ext_proc streams.", one(names.AttrEvent))
+	m.streams, errs[4] = newCounter(m.meter, names.Streams, "{event}", "Events of ext_proc streams and ext_authz calls.", one(names.AttrEvent))
 	m.alsEnded, errs[5] = newCounter(m.meter, names.AccessLogEnded, "{stream}", "Access log streams that ended.", none)
 	m.unheard, errs[7] = newCounter(m.meter, names.AccessLogUnheard, "{interval}", "Intervals in which an access log was not heard.", none)
 	m.reloads, errs[6] = newCounter(m.meter, names.Reloads, "{reload}", "Configuration reloads.", one(names.AttrResult))
@@ -107,6 +114,18 @@ func New() (*Metrics, error) {
 		return []attribute.KeyValue{attribute.String(names.AttrRole, k.role), attribute.String(names.AttrOp, string(k.op)),
 			attribute.String(names.AttrKind, string(k.kind))}
 	})
+	m.refused, errs[9] = newCounter(m.meter, names.RefusedCalls, "{call}", "Connections and calls of those who may not.", func(k refusal) []attribute.KeyValue {
+		return []attribute.KeyValue{attribute.String(names.AttrListener, k.listener), attribute.String(names.AttrCause, k.cause)}
+	})
+	m.identityUpdates, errs[10] = newCounter(m.meter, names.IdentityUpdates, "{update}", "Certificates taken into use.", none)
+	m.identityErrors, errs[11] = newCounter(m.meter, names.IdentityErrors, "{error}", "Renewals of the certificate that failed.", none)
+	_, errs[12] = m.meter.Int64ObservableGauge(names.IdentityNotAfter, metric.WithUnit("s"), metric.WithDescription("When the certificate in use expires."),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			if at := m.identityNotAfter.Load(); at != 0 {
+				o.Observe(at)
+			}
+			return nil
+		}))
 	err = errors.Join(errs[:]...)
 	if err == nil {
 		m.alsOpen, err = m.meter.Int64UpDownCounter(names.AccessLogStreams, metric.WithUnit("{stream}"),
@@ -150,8 +169,20 @@ func (m *Metrics) Unreceipted(kind string) { m.unreceipted.add(kind) }
 // Gap counts a transaction that passed without a receipt; source says who saw it.
 func (m *Metrics) Gap(source string) { m.gaps.add(source) }
 
-// Stream counts an event of an ext_proc stream.
+// Stream counts an event of an ext_proc stream or an ext_authz call.
 func (m *Metrics) Stream(event string) { m.streams.add(event) }
+
+// IdentityUpdated counts a certificate of knhk's own taken into use, and notes when it expires.
+func (m *Metrics) IdentityUpdated(notAfter time.Time) {
+	m.identityUpdates.add(struct{}{})
+	m.identityNotAfter.Store(notAfter.Unix())
+}
+
+// IdentityFailed counts a renewal of the certificate that failed.
+func (m *Metrics) IdentityFailed() { m.identityErrors.add(struct{}{}) }
+
+// Refused counts somebody whom a listener refused; both are from closed sets.
+func (m *Metrics) Refused(listener, cause string) { m.refused.add(refusal{listener, cause}) }
 
 // Reload counts a reload of the configuration: "applied" or "refused".
 func (m *Metrics) Reload(result string) { m.reloads.add(result) }

@@ -26,6 +26,59 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Effect of a rule.
+type Effect int32
+
+const (
+	// Not said: an error.
+	Effect_EFFECT_UNSPECIFIED Effect = 0
+	// The request may pass.
+	Effect_PERMIT Effect = 1
+	// The request is refused with 403.
+	Effect_FORBID Effect = 2
+)
+
+// Enum value maps for Effect.
+var (
+	Effect_name = map[int32]string{
+		0: "EFFECT_UNSPECIFIED",
+		1: "PERMIT",
+		2: "FORBID",
+	}
+	Effect_value = map[string]int32{
+		"EFFECT_UNSPECIFIED": 0,
+		"PERMIT":             1,
+		"FORBID":             2,
+	}
+)
+
+func (x Effect) Enum() *Effect {
+	p := new(Effect)
+	*p = x
+	return p
+}
+
+func (x Effect) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Effect) Descriptor() protoreflect.EnumDescriptor {
+	return file_knhk_config_v1_config_proto_enumTypes[0].Descriptor()
+}
+
+func (Effect) Type() protoreflect.EnumType {
+	return &file_knhk_config_v1_config_proto_enumTypes[0]
+}
+
+func (x Effect) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Effect.Descriptor instead.
+func (Effect) EnumDescriptor() ([]byte, []int) {
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{0}
+}
+
 // Algorithm of a signing key.
 type Algorithm int32
 
@@ -63,11 +116,11 @@ func (x Algorithm) String() string {
 }
 
 func (Algorithm) Descriptor() protoreflect.EnumDescriptor {
-	return file_knhk_config_v1_config_proto_enumTypes[0].Descriptor()
+	return file_knhk_config_v1_config_proto_enumTypes[1].Descriptor()
 }
 
 func (Algorithm) Type() protoreflect.EnumType {
-	return &file_knhk_config_v1_config_proto_enumTypes[0]
+	return &file_knhk_config_v1_config_proto_enumTypes[1]
 }
 
 func (x Algorithm) Number() protoreflect.EnumNumber {
@@ -76,7 +129,7 @@ func (x Algorithm) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Algorithm.Descriptor instead.
 func (Algorithm) EnumDescriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{0}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{1}
 }
 
 // Class of a transaction.
@@ -116,11 +169,11 @@ func (x Class) String() string {
 }
 
 func (Class) Descriptor() protoreflect.EnumDescriptor {
-	return file_knhk_config_v1_config_proto_enumTypes[1].Descriptor()
+	return file_knhk_config_v1_config_proto_enumTypes[2].Descriptor()
 }
 
 func (Class) Type() protoreflect.EnumType {
-	return &file_knhk_config_v1_config_proto_enumTypes[1]
+	return &file_knhk_config_v1_config_proto_enumTypes[2]
 }
 
 func (x Class) Number() protoreflect.EnumNumber {
@@ -129,7 +182,7 @@ func (x Class) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Class.Descriptor instead.
 func (Class) EnumDescriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{1}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{2}
 }
 
 // What happens to a request whose decision cannot be recorded.
@@ -169,11 +222,11 @@ func (x OnReceiptFailure) String() string {
 }
 
 func (OnReceiptFailure) Descriptor() protoreflect.EnumDescriptor {
-	return file_knhk_config_v1_config_proto_enumTypes[2].Descriptor()
+	return file_knhk_config_v1_config_proto_enumTypes[3].Descriptor()
 }
 
 func (OnReceiptFailure) Type() protoreflect.EnumType {
-	return &file_knhk_config_v1_config_proto_enumTypes[2]
+	return &file_knhk_config_v1_config_proto_enumTypes[3]
 }
 
 func (x OnReceiptFailure) Number() protoreflect.EnumNumber {
@@ -182,7 +235,7 @@ func (x OnReceiptFailure) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use OnReceiptFailure.Descriptor instead.
 func (OnReceiptFailure) EnumDescriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{2}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{3}
 }
 
 // When the outcome of a transaction is learned.
@@ -222,11 +275,11 @@ func (x Capture) String() string {
 }
 
 func (Capture) Descriptor() protoreflect.EnumDescriptor {
-	return file_knhk_config_v1_config_proto_enumTypes[3].Descriptor()
+	return file_knhk_config_v1_config_proto_enumTypes[4].Descriptor()
 }
 
 func (Capture) Type() protoreflect.EnumType {
-	return &file_knhk_config_v1_config_proto_enumTypes[3]
+	return &file_knhk_config_v1_config_proto_enumTypes[4]
 }
 
 func (x Capture) Number() protoreflect.EnumNumber {
@@ -235,7 +288,64 @@ func (x Capture) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Capture.Descriptor instead.
 func (Capture) EnumDescriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{3}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{4}
+}
+
+// Filter is how Envoy asks.
+type Filter int32
+
+const (
+	// EXT_PROC.
+	Filter_FILTER_UNSPECIFIED Filter = 0
+	// ext_proc: bodies, full capture, settings for each route.
+	Filter_EXT_PROC Filter = 1
+	// ext_authz: one call for each request; outcomes from the access log; on_receipt_failure is one for all routes.
+	Filter_EXT_AUTHZ Filter = 2
+	// ext_authz, then ext_proc: one decision, taken by the first.
+	Filter_BOTH Filter = 3
+)
+
+// Enum value maps for Filter.
+var (
+	Filter_name = map[int32]string{
+		0: "FILTER_UNSPECIFIED",
+		1: "EXT_PROC",
+		2: "EXT_AUTHZ",
+		3: "BOTH",
+	}
+	Filter_value = map[string]int32{
+		"FILTER_UNSPECIFIED": 0,
+		"EXT_PROC":           1,
+		"EXT_AUTHZ":          2,
+		"BOTH":               3,
+	}
+)
+
+func (x Filter) Enum() *Filter {
+	p := new(Filter)
+	*p = x
+	return p
+}
+
+func (x Filter) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Filter) Descriptor() protoreflect.EnumDescriptor {
+	return file_knhk_config_v1_config_proto_enumTypes[5].Descriptor()
+}
+
+func (Filter) Type() protoreflect.EnumType {
+	return &file_knhk_config_v1_config_proto_enumTypes[5]
+}
+
+func (x Filter) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Filter.Descriptor instead.
+func (Filter) EnumDescriptor() ([]byte, []int) {
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{5}
 }
 
 // Config is one whole knhk.yaml. Unknown keys are errors.
@@ -273,7 +383,21 @@ type Config struct {
 	Shutdown *Shutdown `protobuf:"bytes,13,opt,name=shutdown,proto3" json:"shutdown,omitempty"`
 	// The sealed log that this one goes on for. For a new state_dir with a new identity key only; what it says stands in the first leaf of
 	// the new log for ever.
-	Succeeds      *Succeeds `protobuf:"bytes,14,opt,name=succeeds,proto3" json:"succeeds,omitempty"`
+	Succeeds *Succeeds `protobuf:"bytes,14,opt,name=succeeds,proto3" json:"succeeds,omitempty"`
+	// Who knhk is to others, and how it knows who they are. Without it every listener is a unix socket or needs insecure_loopback.
+	Identity *Identity `protobuf:"bytes,15,opt,name=identity,proto3" json:"identity,omitempty"`
+	// Who may do what on the listeners. What is not listed may do nothing.
+	Roles *Roles `protobuf:"bytes,16,opt,name=roles,proto3" json:"roles,omitempty"`
+	// Believe whoever connects to a listener with a loopback address: no TLS, no identity, every role. For development and tests only:
+	// every process of the machine can then have receipts written and read them all. Not beside identity.
+	InsecureLoopback bool `protobuf:"varint,17,opt,name=insecure_loopback,json=insecureLoopback,proto3" json:"insecure_loopback,omitempty"`
+	// Rules that say which requests may pass, in order; the first that matches decides. Once there is one, a request that none
+	// matches is refused. Without any, every request may pass.
+	AuthzRules []*AuthzRule `protobuf:"bytes,18,rep,name=authz_rules,json=authzRules,proto3" json:"authz_rules,omitempty"`
+	// SPIFFE IDs of Envoys whose knhk-parent header is believed: an exact ID, or one that ends in "/*" for everything below a path. Such an
+	// Envoy calls this one for a request that it has a receipt for, and proves who it is with its certificate. From everyone else the
+	// header is ignored.
+	Parents       []string `protobuf:"bytes,19,rep,name=parents,proto3" json:"parents,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -406,6 +530,413 @@ func (x *Config) GetSucceeds() *Succeeds {
 	return nil
 }
 
+func (x *Config) GetIdentity() *Identity {
+	if x != nil {
+		return x.Identity
+	}
+	return nil
+}
+
+func (x *Config) GetRoles() *Roles {
+	if x != nil {
+		return x.Roles
+	}
+	return nil
+}
+
+func (x *Config) GetInsecureLoopback() bool {
+	if x != nil {
+		return x.InsecureLoopback
+	}
+	return false
+}
+
+func (x *Config) GetAuthzRules() []*AuthzRule {
+	if x != nil {
+		return x.AuthzRules
+	}
+	return nil
+}
+
+func (x *Config) GetParents() []string {
+	if x != nil {
+		return x.Parents
+	}
+	return nil
+}
+
+// Identity is a SPIFFE ID and where its X.509 SVID comes from: exactly one of workload_api and files. TLS is 1.3 only.
+type Identity struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SPIFFE ID of this knhk. The certificate must have it; Envoy and operators expect it. Required.
+	SpiffeId string `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	// Socket of the SPIFFE Workload API, unix:/path: SVID and bundles, those of federated trust domains too, renewed as the issuer says.
+	WorkloadApi string `protobuf:"bytes,2,opt,name=workload_api,json=workloadApi,proto3" json:"workload_api,omitempty"`
+	// Certificates in files, read again when they change.
+	Files *TLSFiles `protobuf:"bytes,3,opt,name=files,proto3" json:"files,omitempty"`
+	// How long an SVID lives. Connections of Envoy end after a third of it at the latest, so that none outlives a certificate. Default 1h;
+	// 3s to 720h. An SVID that lives shorter is an error in the log; its connections are closed hard when it expires. With envoy.tls no
+	// stream of Envoy lives longer than a sixth of it, websockets too: a connection must be gone before half of it is over.
+	SvidTtl       *durationpb.Duration `protobuf:"bytes,4,opt,name=svid_ttl,json=svidTtl,proto3" json:"svid_ttl,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Identity) Reset() {
+	*x = Identity{}
+	mi := &file_knhk_config_v1_config_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Identity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Identity) ProtoMessage() {}
+
+func (x *Identity) ProtoReflect() protoreflect.Message {
+	mi := &file_knhk_config_v1_config_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Identity.ProtoReflect.Descriptor instead.
+func (*Identity) Descriptor() ([]byte, []int) {
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Identity) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *Identity) GetWorkloadApi() string {
+	if x != nil {
+		return x.WorkloadApi
+	}
+	return ""
+}
+
+func (x *Identity) GetFiles() *TLSFiles {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+func (x *Identity) GetSvidTtl() *durationpb.Duration {
+	if x != nil {
+		return x.SvidTtl
+	}
+	return nil
+}
+
+// TLSFiles are PEM files. Whoever has the key is this workload to everyone; whoever can write ca decides whom we believe.
+type TLSFiles struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Certificate chain, the leaf first. Its one URI SAN is the SPIFFE ID. Required.
+	Certificate string `protobuf:"bytes,1,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	// Private key of the leaf. Required.
+	Key string `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
+	// Certificates of the authorities of the own trust domain. Required.
+	Ca string `protobuf:"bytes,3,opt,name=ca,proto3" json:"ca,omitempty"`
+	// Authorities of other trust domains.
+	Federated     []*FederatedBundle `protobuf:"bytes,4,rep,name=federated,proto3" json:"federated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TLSFiles) Reset() {
+	*x = TLSFiles{}
+	mi := &file_knhk_config_v1_config_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TLSFiles) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TLSFiles) ProtoMessage() {}
+
+func (x *TLSFiles) ProtoReflect() protoreflect.Message {
+	mi := &file_knhk_config_v1_config_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TLSFiles.ProtoReflect.Descriptor instead.
+func (*TLSFiles) Descriptor() ([]byte, []int) {
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *TLSFiles) GetCertificate() string {
+	if x != nil {
+		return x.Certificate
+	}
+	return ""
+}
+
+func (x *TLSFiles) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *TLSFiles) GetCa() string {
+	if x != nil {
+		return x.Ca
+	}
+	return ""
+}
+
+func (x *TLSFiles) GetFederated() []*FederatedBundle {
+	if x != nil {
+		return x.Federated
+	}
+	return nil
+}
+
+// FederatedBundle holds the authorities of another trust domain. They are believed about IDs of that domain only.
+type FederatedBundle struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the trust domain, such as "partner.example". Required, unique.
+	TrustDomain string `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	// PEM file with its authorities. Required.
+	Ca            string `protobuf:"bytes,2,opt,name=ca,proto3" json:"ca,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FederatedBundle) Reset() {
+	*x = FederatedBundle{}
+	mi := &file_knhk_config_v1_config_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FederatedBundle) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FederatedBundle) ProtoMessage() {}
+
+func (x *FederatedBundle) ProtoReflect() protoreflect.Message {
+	mi := &file_knhk_config_v1_config_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FederatedBundle.ProtoReflect.Descriptor instead.
+func (*FederatedBundle) Descriptor() ([]byte, []int) {
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *FederatedBundle) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *FederatedBundle) GetCa() string {
+	if x != nil {
+		return x.Ca
+	}
+	return ""
+}
+
+// Roles lists who has each role: SPIFFE IDs ("spiffe://domain/path", or "spiffe://domain/path/*" for everything below a path) for
+// listeners with TLS, users ("uid:1337") for unix sockets. Root and the user that knhk runs as have every role on unix sockets: they could
+// read its memory and files as well.
+type Roles struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// May have requests decided and report outcomes: listeners.envoy.
+	Envoy []string `protobuf:"bytes,1,rep,name=envoy,proto3" json:"envoy,omitempty"`
+	// May use all of listeners.admin, profiles included, and read the log.
+	Operator []string `protobuf:"bytes,2,rep,name=operator,proto3" json:"operator,omitempty"`
+	// May read receipts, policy, keys and metrics, and the log.
+	Auditor []string `protobuf:"bytes,3,rep,name=auditor,proto3" json:"auditor,omitempty"`
+	// May read the log: witnesses and mirrors.
+	Peer          []string `protobuf:"bytes,4,rep,name=peer,proto3" json:"peer,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Roles) Reset() {
+	*x = Roles{}
+	mi := &file_knhk_config_v1_config_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Roles) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Roles) ProtoMessage() {}
+
+func (x *Roles) ProtoReflect() protoreflect.Message {
+	mi := &file_knhk_config_v1_config_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Roles.ProtoReflect.Descriptor instead.
+func (*Roles) Descriptor() ([]byte, []int) {
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Roles) GetEnvoy() []string {
+	if x != nil {
+		return x.Envoy
+	}
+	return nil
+}
+
+func (x *Roles) GetOperator() []string {
+	if x != nil {
+		return x.Operator
+	}
+	return nil
+}
+
+func (x *Roles) GetAuditor() []string {
+	if x != nil {
+		return x.Auditor
+	}
+	return nil
+}
+
+func (x *Roles) GetPeer() []string {
+	if x != nil {
+		return x.Peer
+	}
+	return nil
+}
+
+// AuthzRule says whether requests may pass. hosts, routes and methods are looked up before any condition is judged: give them where you
+// can, so that a request meets only the rules that can concern it.
+type AuthzRule struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name in receipts, unique: 1 to 64 of A-Z, a-z, 0-9, '_', '-' and '.'. Required.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Hosts (:authority without port, any case) it is about: exact, or "*.example.com" for every host below. Empty: all.
+	Hosts []string `protobuf:"bytes,2,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	// Names of Envoy routes it is about. Empty: all.
+	Routes []string `protobuf:"bytes,3,rep,name=routes,proto3" json:"routes,omitempty"`
+	// Methods it is about. Empty: all.
+	Methods []string `protobuf:"bytes,4,rep,name=methods,proto3" json:"methods,omitempty"`
+	// CEL expression of type bool over method, scheme, authority, path, route, cluster, spiffe_id, protocol ("http" or "tcp"), class (strings),
+	// time (timestamp), heat (double in [0, 1], decayed share of cache hits of the route) and heat_known (bool). Empty: true. A rule that fails,
+	// reads heat while it is unknown or exceeds its cost refuses the request.
+	When string `protobuf:"bytes,5,opt,name=when,proto3" json:"when,omitempty"`
+	// What it says. Required.
+	Effect        Effect `protobuf:"varint,6,opt,name=effect,proto3,enum=knhk.config.v1.Effect" json:"effect,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuthzRule) Reset() {
+	*x = AuthzRule{}
+	mi := &file_knhk_config_v1_config_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthzRule) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthzRule) ProtoMessage() {}
+
+func (x *AuthzRule) ProtoReflect() protoreflect.Message {
+	mi := &file_knhk_config_v1_config_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthzRule.ProtoReflect.Descriptor instead.
+func (*AuthzRule) Descriptor() ([]byte, []int) {
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *AuthzRule) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AuthzRule) GetHosts() []string {
+	if x != nil {
+		return x.Hosts
+	}
+	return nil
+}
+
+func (x *AuthzRule) GetRoutes() []string {
+	if x != nil {
+		return x.Routes
+	}
+	return nil
+}
+
+func (x *AuthzRule) GetMethods() []string {
+	if x != nil {
+		return x.Methods
+	}
+	return nil
+}
+
+func (x *AuthzRule) GetWhen() string {
+	if x != nil {
+		return x.When
+	}
+	return ""
+}
+
+func (x *AuthzRule) GetEffect() Effect {
+	if x != nil {
+		return x.Effect
+	}
+	return Effect_EFFECT_UNSPECIFIED
+}
+
 // Succeeds names a log that was sealed because its identity key was compromised. The new log's first leaf quotes it: whoever follows
 // the old log learns from its seal that it has ended, and from the quotation where it goes on. Both settings are required.
 type Succeeds struct {
@@ -420,7 +951,7 @@ type Succeeds struct {
 
 func (x *Succeeds) Reset() {
 	*x = Succeeds{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[1]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -432,7 +963,7 @@ func (x *Succeeds) String() string {
 func (*Succeeds) ProtoMessage() {}
 
 func (x *Succeeds) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[1]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -445,7 +976,7 @@ func (x *Succeeds) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Succeeds.ProtoReflect.Descriptor instead.
 func (*Succeeds) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{1}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Succeeds) GetSeal() string {
@@ -462,22 +993,26 @@ func (x *Succeeds) GetPolicy() string {
 	return ""
 }
 
-// Addresses are host:port or unix:/path. Without TLS only loopback addresses and unix sockets are accepted.
+// Addresses are host:port or unix:/path. host:port speaks mutual TLS under identity, or is a loopback address with insecure_loopback. On a
+// unix socket the kernel says which user is at the other end. What a peer may do there stands under roles.
 type Listeners struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// gRPC for Envoy: ext_proc, access logs, health. Required. Whoever can connect here can have receipts written.
+	// gRPC for Envoy: ext_proc, ext_authz, access logs, health. Required. Who may use it can have receipts written.
 	Envoy string `protobuf:"bytes,1,opt,name=envoy,proto3" json:"envoy,omitempty"`
-	// Admin API, /metrics, /livez, /readyz. Required. Whoever can connect here can read every receipt.
+	// Admin API, /metrics, /livez, /readyz. Required. Who may use it can read every receipt.
 	Admin string `protobuf:"bytes,2,opt,name=admin,proto3" json:"admin,omitempty"`
 	// The log itself, read-only over HTTP, as C2SP tlog-tiles. Empty: not served.
-	Tiles         string `protobuf:"bytes,3,opt,name=tiles,proto3" json:"tiles,omitempty"`
+	Tiles string `protobuf:"bytes,3,opt,name=tiles,proto3" json:"tiles,omitempty"`
+	// /livez and /readyz alone, in plain HTTP for anyone, without the reason: for probes that have no certificate. Any address. Empty: not
+	// served.
+	Probes        string `protobuf:"bytes,4,opt,name=probes,proto3" json:"probes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Listeners) Reset() {
 	*x = Listeners{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[2]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -489,7 +1024,7 @@ func (x *Listeners) String() string {
 func (*Listeners) ProtoMessage() {}
 
 func (x *Listeners) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[2]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -502,7 +1037,7 @@ func (x *Listeners) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Listeners.ProtoReflect.Descriptor instead.
 func (*Listeners) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{2}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Listeners) GetEnvoy() string {
@@ -522,6 +1057,13 @@ func (x *Listeners) GetAdmin() string {
 func (x *Listeners) GetTiles() string {
 	if x != nil {
 		return x.Tiles
+	}
+	return ""
+}
+
+func (x *Listeners) GetProbes() string {
+	if x != nil {
+		return x.Probes
 	}
 	return ""
 }
@@ -546,7 +1088,7 @@ type Keys struct {
 
 func (x *Keys) Reset() {
 	*x = Keys{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[3]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -558,7 +1100,7 @@ func (x *Keys) String() string {
 func (*Keys) ProtoMessage() {}
 
 func (x *Keys) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[3]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -571,7 +1113,7 @@ func (x *Keys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Keys.ProtoReflect.Descriptor instead.
 func (*Keys) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{3}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Keys) GetIdentity() *Key {
@@ -615,7 +1157,7 @@ type Key struct {
 
 func (x *Key) Reset() {
 	*x = Key{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[4]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -627,7 +1169,7 @@ func (x *Key) String() string {
 func (*Key) ProtoMessage() {}
 
 func (x *Key) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[4]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -640,7 +1182,7 @@ func (x *Key) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Key.ProtoReflect.Descriptor instead.
 func (*Key) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{4}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Key) GetUri() string {
@@ -679,7 +1221,7 @@ type Log struct {
 
 func (x *Log) Reset() {
 	*x = Log{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[5]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -691,7 +1233,7 @@ func (x *Log) String() string {
 func (*Log) ProtoMessage() {}
 
 func (x *Log) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[5]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -704,7 +1246,7 @@ func (x *Log) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Log.ProtoReflect.Descriptor instead.
 func (*Log) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{5}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Log) GetSealEvery() *durationpb.Duration {
@@ -764,7 +1306,7 @@ type Beat struct {
 
 func (x *Beat) Reset() {
 	*x = Beat{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[6]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -776,7 +1318,7 @@ func (x *Beat) String() string {
 func (*Beat) ProtoMessage() {}
 
 func (x *Beat) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[6]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -789,7 +1331,7 @@ func (x *Beat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Beat.ProtoReflect.Descriptor instead.
 func (*Beat) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{6}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Beat) GetCycle() *durationpb.Duration {
@@ -829,7 +1371,7 @@ type ClassBeat struct {
 
 func (x *ClassBeat) Reset() {
 	*x = ClassBeat{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[7]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -841,7 +1383,7 @@ func (x *ClassBeat) String() string {
 func (*ClassBeat) ProtoMessage() {}
 
 func (x *ClassBeat) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[7]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -854,7 +1396,7 @@ func (x *ClassBeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClassBeat.ProtoReflect.Descriptor instead.
 func (*ClassBeat) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{7}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ClassBeat) GetCapacity() uint32 {
@@ -894,7 +1436,7 @@ type ClassRule struct {
 
 func (x *ClassRule) Reset() {
 	*x = ClassRule{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[8]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -906,7 +1448,7 @@ func (x *ClassRule) String() string {
 func (*ClassRule) ProtoMessage() {}
 
 func (x *ClassRule) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[8]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -919,7 +1461,7 @@ func (x *ClassRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClassRule.ProtoReflect.Descriptor instead.
 func (*ClassRule) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{8}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ClassRule) GetName() string {
@@ -963,7 +1505,7 @@ type RoutePolicy struct {
 
 func (x *RoutePolicy) Reset() {
 	*x = RoutePolicy{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[9]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -975,7 +1517,7 @@ func (x *RoutePolicy) String() string {
 func (*RoutePolicy) ProtoMessage() {}
 
 func (x *RoutePolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[9]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -988,7 +1530,7 @@ func (x *RoutePolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoutePolicy.ProtoReflect.Descriptor instead.
 func (*RoutePolicy) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{9}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RoutePolicy) GetClass() Class {
@@ -1051,7 +1593,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[10]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1063,7 +1605,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[10]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1076,7 +1618,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{10}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Route) GetName() string {
@@ -1156,14 +1698,20 @@ type Envoy struct {
 	MaxConnectionDuration *durationpb.Duration `protobuf:"bytes,8,opt,name=max_connection_duration,json=maxConnectionDuration,proto3" json:"max_connection_duration,omitempty"`
 	// Every replica that the generated Envoy asks, this one among them. Each has its own instance, state_dir, keys and origin. Envoy
 	// asks any of them, and sends each the outcomes of its own decisions. Empty: this one alone.
-	Replicas      []*Replica `protobuf:"bytes,9,rep,name=replicas,proto3" json:"replicas,omitempty"`
+	Replicas []*Replica `protobuf:"bytes,9,rep,name=replicas,proto3" json:"replicas,omitempty"`
+	// Which filter asks knhk. Default EXT_PROC.
+	Filter Filter `protobuf:"varint,10,opt,name=filter,proto3,enum=knhk.config.v1.Filter" json:"filter,omitempty"`
+	// With filter EXT_AUTHZ: Envoy asks and lets everything pass, whatever the answer, even none. Records say so, as with dry_run.
+	ShadowMode bool `protobuf:"varint,11,opt,name=shadow_mode,json=shadowMode,proto3" json:"shadow_mode,omitempty"`
+	// Mutual TLS of Envoy. Without it Envoy speaks plain HTTP to clients and upstreams, and cannot reach a knhk that has identity on a TCP address.
+	Tls           *EnvoyTLS `protobuf:"bytes,12,opt,name=tls,proto3" json:"tls,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Envoy) Reset() {
 	*x = Envoy{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[11]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1175,7 +1723,7 @@ func (x *Envoy) String() string {
 func (*Envoy) ProtoMessage() {}
 
 func (x *Envoy) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[11]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1188,7 +1736,7 @@ func (x *Envoy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Envoy.ProtoReflect.Descriptor instead.
 func (*Envoy) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{11}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Envoy) GetListener() string {
@@ -1254,7 +1802,105 @@ func (x *Envoy) GetReplicas() []*Replica {
 	return nil
 }
 
-// Replica is one knhk behind an Envoy.
+func (x *Envoy) GetFilter() Filter {
+	if x != nil {
+		return x.Filter
+	}
+	return Filter_FILTER_UNSPECIFIED
+}
+
+func (x *Envoy) GetShadowMode() bool {
+	if x != nil {
+		return x.ShadowMode
+	}
+	return false
+}
+
+func (x *Envoy) GetTls() *EnvoyTLS {
+	if x != nil {
+		return x.Tls
+	}
+	return nil
+}
+
+// EnvoyTLS is who Envoy is, and whom it believes. Its certificates come from SDS or from files.
+type EnvoyTLS struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SPIFFE ID of Envoy, and the name of its SDS secret. roles.envoy must have it. Required.
+	SpiffeId string `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	// Socket of the SDS server, unix:/path, such as a SPIRE agent's. Empty: identity.workload_api, unless files are set. Whoever serves it
+	// says who Envoy is and whom it believes.
+	Sds string `protobuf:"bytes,2,opt,name=sds,proto3" json:"sds,omitempty"`
+	// Certificates in files instead of SDS. Envoy reads them again when they are replaced by a rename; it does so only where SDS names
+	// them, so `knhk bootstrap --write-secrets` writes small files beside them that do. Where IDs of several trust domains stand in one list,
+	// the federated authorities are read again together with ca.
+	Files *TLSFiles `protobuf:"bytes,3,opt,name=files,proto3" json:"files,omitempty"`
+	// SPIFFE IDs that may connect to envoy.listener: an exact ID, or one that ends in "/*" for everything below a path. Empty: the listener
+	// is plain HTTP, for the workload beside it, and must have a loopback address.
+	Clients       []string `protobuf:"bytes,4,rep,name=clients,proto3" json:"clients,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EnvoyTLS) Reset() {
+	*x = EnvoyTLS{}
+	mi := &file_knhk_config_v1_config_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EnvoyTLS) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EnvoyTLS) ProtoMessage() {}
+
+func (x *EnvoyTLS) ProtoReflect() protoreflect.Message {
+	mi := &file_knhk_config_v1_config_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EnvoyTLS.ProtoReflect.Descriptor instead.
+func (*EnvoyTLS) Descriptor() ([]byte, []int) {
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *EnvoyTLS) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *EnvoyTLS) GetSds() string {
+	if x != nil {
+		return x.Sds
+	}
+	return ""
+}
+
+func (x *EnvoyTLS) GetFiles() *TLSFiles {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+func (x *EnvoyTLS) GetClients() []string {
+	if x != nil {
+		return x.Clients
+	}
+	return nil
+}
+
+// Replica is one knhk behind an Envoy. With identity, all have the same identity.spiffe_id, and either all are unix sockets or none is.
 type Replica struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Its instance: how Envoy knows whose decision a receipt id is of. Required, unique.
@@ -1267,7 +1913,7 @@ type Replica struct {
 
 func (x *Replica) Reset() {
 	*x = Replica{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[12]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1279,7 +1925,7 @@ func (x *Replica) String() string {
 func (*Replica) ProtoMessage() {}
 
 func (x *Replica) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[12]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1292,7 +1938,7 @@ func (x *Replica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Replica.ProtoReflect.Descriptor instead.
 func (*Replica) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{12}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Replica) GetInstance() string {
@@ -1317,14 +1963,18 @@ type Cluster struct {
 	// host:port of each endpoint. At least one.
 	Endpoints []string `protobuf:"bytes,2,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
 	// Speak HTTP/2 to it (gRPC upstreams).
-	Http2         bool `protobuf:"varint,3,opt,name=http2,proto3" json:"http2,omitempty"`
+	Http2 bool `protobuf:"varint,3,opt,name=http2,proto3" json:"http2,omitempty"`
+	// SPIFFE IDs that it may have, exact or ending in "/*": mutual TLS with envoy.tls. Empty: plain HTTP.
+	SpiffeIds []string `protobuf:"bytes,4,rep,name=spiffe_ids,json=spiffeIds,proto3" json:"spiffe_ids,omitempty"`
+	// Another knhk stands before it: tell it the receipt id of the request, in the knhk-parent header. Needs spiffe_ids.
+	SendParent    bool `protobuf:"varint,5,opt,name=send_parent,json=sendParent,proto3" json:"send_parent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Cluster) Reset() {
 	*x = Cluster{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[13]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1336,7 +1986,7 @@ func (x *Cluster) String() string {
 func (*Cluster) ProtoMessage() {}
 
 func (x *Cluster) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[13]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1349,7 +1999,7 @@ func (x *Cluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cluster.ProtoReflect.Descriptor instead.
 func (*Cluster) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{13}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Cluster) GetName() string {
@@ -1373,6 +2023,20 @@ func (x *Cluster) GetHttp2() bool {
 	return false
 }
 
+func (x *Cluster) GetSpiffeIds() []string {
+	if x != nil {
+		return x.SpiffeIds
+	}
+	return nil
+}
+
+func (x *Cluster) GetSendParent() bool {
+	if x != nil {
+		return x.SendParent
+	}
+	return false
+}
+
 // Shutdown is the order and pace of a SIGTERM.
 type Shutdown struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1386,7 +2050,7 @@ type Shutdown struct {
 
 func (x *Shutdown) Reset() {
 	*x = Shutdown{}
-	mi := &file_knhk_config_v1_config_proto_msgTypes[14]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1398,7 +2062,7 @@ func (x *Shutdown) String() string {
 func (*Shutdown) ProtoMessage() {}
 
 func (x *Shutdown) ProtoReflect() protoreflect.Message {
-	mi := &file_knhk_config_v1_config_proto_msgTypes[14]
+	mi := &file_knhk_config_v1_config_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1411,7 +2075,7 @@ func (x *Shutdown) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Shutdown.ProtoReflect.Descriptor instead.
 func (*Shutdown) Descriptor() ([]byte, []int) {
-	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{14}
+	return file_knhk_config_v1_config_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Shutdown) GetAnnounce() *durationpb.Duration {
@@ -1432,7 +2096,7 @@ var File_knhk_config_v1_config_proto protoreflect.FileDescriptor
 
 const file_knhk_config_v1_config_proto_rawDesc = "" +
 	"\n" +
-	"\x1bknhk/config/v1/config.proto\x12\x0eknhk.config.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"\x88\x06\n" +
+	"\x1bknhk/config/v1/config.proto\x12\x0eknhk.config.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"\x84\b\n" +
 	"\x06Config\x12V\n" +
 	"\x06origin\x18\x01 \x01(\tB>\xbaH;r9\x10\x01\x18\xc8\x0122^[a-z0-9][a-z0-9.-]*(:[0-9]+)?(/[A-Za-z0-9._-]+)*$R\x06origin\x12G\n" +
 	"\binstance\x18\x02 \x01(\tB+\xbaH(r&2$^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$R\binstance\x12$\n" +
@@ -1449,14 +2113,49 @@ const file_knhk_config_v1_config_proto_rawDesc = "" +
 	"\x05envoy\x18\v \x01(\v2\x15.knhk.config.v1.EnvoyR\x05envoy\x12\x17\n" +
 	"\adry_run\x18\f \x01(\bR\x06dryRun\x124\n" +
 	"\bshutdown\x18\r \x01(\v2\x18.knhk.config.v1.ShutdownR\bshutdown\x124\n" +
-	"\bsucceeds\x18\x0e \x01(\v2\x18.knhk.config.v1.SucceedsR\bsucceeds\"H\n" +
+	"\bsucceeds\x18\x0e \x01(\v2\x18.knhk.config.v1.SucceedsR\bsucceeds\x124\n" +
+	"\bidentity\x18\x0f \x01(\v2\x18.knhk.config.v1.IdentityR\bidentity\x12+\n" +
+	"\x05roles\x18\x10 \x01(\v2\x15.knhk.config.v1.RolesR\x05roles\x12+\n" +
+	"\x11insecure_loopback\x18\x11 \x01(\bR\x10insecureLoopback\x12E\n" +
+	"\vauthz_rules\x18\x12 \x03(\v2\x19.knhk.config.v1.AuthzRuleB\t\xbaH\x06\x92\x01\x03\x10\x90NR\n" +
+	"authzRules\x12#\n" +
+	"\aparents\x18\x13 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\x90NR\aparents\"\xcf\x01\n" +
+	"\bIdentity\x12'\n" +
+	"\tspiffe_id\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x10R\bspiffeId\x12!\n" +
+	"\fworkload_api\x18\x02 \x01(\tR\vworkloadApi\x12.\n" +
+	"\x05files\x18\x03 \x01(\v2\x18.knhk.config.v1.TLSFilesR\x05files\x12G\n" +
+	"\bsvid_ttl\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x11\xbaH\x0e\xaa\x01\v\"\x05\b\x80\x9a\x9e\x012\x02\b\x03R\asvidTtl\"\xb2\x01\n" +
+	"\bTLSFiles\x12)\n" +
+	"\vcertificate\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\vcertificate\x12\x19\n" +
+	"\x03key\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x03key\x12\x17\n" +
+	"\x02ca\x18\x03 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02ca\x12G\n" +
+	"\tfederated\x18\x04 \x03(\v2\x1f.knhk.config.v1.FederatedBundleB\b\xbaH\x05\x92\x01\x02\x10dR\tfederated\"Y\n" +
+	"\x0fFederatedBundle\x12-\n" +
+	"\ftrust_domain\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\xff\x01R\vtrustDomain\x12\x17\n" +
+	"\x02ca\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x02ca\"\x93\x01\n" +
+	"\x05Roles\x12\x1f\n" +
+	"\x05envoy\x18\x01 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\x90NR\x05envoy\x12%\n" +
+	"\boperator\x18\x02 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\xe8\aR\boperator\x12#\n" +
+	"\aauditor\x18\x03 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\xe8\aR\aauditor\x12\x1d\n" +
+	"\x04peer\x18\x04 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\xe8\aR\x04peer\"\x80\x02\n" +
+	"\tAuthzRule\x121\n" +
+	"\x04name\x18\x01 \x01(\tB\x1d\xbaH\x1ar\x182\x16^[A-Za-z0-9_.-]{1,64}$R\x04name\x12\x1f\n" +
+	"\x05hosts\x18\x02 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\xe8\aR\x05hosts\x12!\n" +
+	"\x06routes\x18\x03 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\xe8\aR\x06routes\x12\"\n" +
+	"\amethods\x18\x04 \x03(\tB\b\xbaH\x05\x92\x01\x02\x10dR\amethods\x12\x1c\n" +
+	"\x04when\x18\x05 \x01(\tB\b\xbaH\x05r\x03\x18\x80 R\x04when\x12:\n" +
+	"\x06effect\x18\x06 \x01(\x0e2\x16.knhk.config.v1.EffectB\n" +
+	"\xbaH\a\x82\x01\x04\x10\x01 \x00R\x06effect\"H\n" +
 	"\bSucceeds\x12\x1b\n" +
 	"\x04seal\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x04seal\x12\x1f\n" +
-	"\x06policy\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06policy\"_\n" +
+	"\x06policy\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x06policy\"w\n" +
 	"\tListeners\x12\x1d\n" +
 	"\x05envoy\x18\x01 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x05envoy\x12\x1d\n" +
 	"\x05admin\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\x05admin\x12\x14\n" +
-	"\x05tiles\x18\x03 \x01(\tR\x05tiles\"\xf5\x01\n" +
+	"\x05tiles\x18\x03 \x01(\tR\x05tiles\x12\x16\n" +
+	"\x06probes\x18\x04 \x01(\tR\x06probes\"\xf5\x01\n" +
 	"\x04Keys\x127\n" +
 	"\bidentity\x18\x01 \x01(\v2\x13.knhk.config.v1.KeyB\x06\xbaH\x03\xc8\x01\x01R\bidentity\x121\n" +
 	"\x05daily\x18\x02 \x01(\v2\x13.knhk.config.v1.KeyB\x06\xbaH\x03\xc8\x01\x01R\x05daily\x12V\n" +
@@ -1504,7 +2203,7 @@ const file_knhk_config_v1_config_proto_rawDesc = "" +
 	"R\aretries\x12\x1c\n" +
 	"\twebsocket\x18\a \x01(\bR\twebsocket\x126\n" +
 	"\x12internal_redirects\x18\b \x01(\rB\a\xbaH\x04*\x02\x18\n" +
-	"R\x11internalRedirects\"\xb3\x04\n" +
+	"R\x11internalRedirects\"\xba\x05\n" +
 	"\x05Envoy\x12\x1a\n" +
 	"\blistener\x18\x01 \x01(\tR\blistener\x12\x14\n" +
 	"\x05admin\x18\x02 \x01(\tR\x05admin\x12>\n" +
@@ -1517,18 +2216,39 @@ const file_knhk_config_v1_config_proto_rawDesc = "" +
 	"\xbaH\a*\x05\x18\x80\xad\xe2\x04R\vmaxRequests\x12c\n" +
 	"\x17max_connection_duration\x18\b \x01(\v2\x19.google.protobuf.DurationB\x10\xbaH\r\xaa\x01\n" +
 	"\"\x04\b\x80\xa3\x052\x02\b\x01R\x15maxConnectionDuration\x12=\n" +
-	"\breplicas\x18\t \x03(\v2\x17.knhk.config.v1.ReplicaB\b\xbaH\x05\x92\x01\x02\x10 R\breplicas\"u\n" +
+	"\breplicas\x18\t \x03(\v2\x17.knhk.config.v1.ReplicaB\b\xbaH\x05\x92\x01\x02\x10 R\breplicas\x128\n" +
+	"\x06filter\x18\n" +
+	" \x01(\x0e2\x16.knhk.config.v1.FilterB\b\xbaH\x05\x82\x01\x02\x10\x01R\x06filter\x12\x1f\n" +
+	"\vshadow_mode\x18\v \x01(\bR\n" +
+	"shadowMode\x12*\n" +
+	"\x03tls\x18\f \x01(\v2\x18.knhk.config.v1.EnvoyTLSR\x03tls\"\x9a\x01\n" +
+	"\bEnvoyTLS\x12'\n" +
+	"\tspiffe_id\x18\x01 \x01(\tB\n" +
+	"\xbaH\ar\x05\x10\x01\x18\x80\x10R\bspiffeId\x12\x10\n" +
+	"\x03sds\x18\x02 \x01(\tR\x03sds\x12.\n" +
+	"\x05files\x18\x03 \x01(\v2\x18.knhk.config.v1.TLSFilesR\x05files\x12#\n" +
+	"\aclients\x18\x04 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\x90NR\aclients\"u\n" +
 	"\aReplica\x12G\n" +
 	"\binstance\x18\x01 \x01(\tB+\xbaH(r&2$^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$R\binstance\x12!\n" +
-	"\aaddress\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\aaddress\"~\n" +
+	"\aaddress\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x10\x01R\aaddress\"\xc9\x01\n" +
 	"\aCluster\x122\n" +
 	"\x04name\x18\x01 \x01(\tB\x1e\xbaH\x1br\x192\x17^[A-Za-z0-9_.-]{1,128}$R\x04name\x12)\n" +
 	"\tendpoints\x18\x02 \x03(\tB\v\xbaH\b\x92\x01\x05\b\x01\x10\xe8\aR\tendpoints\x12\x14\n" +
-	"\x05http2\x18\x03 \x01(\bR\x05http2\"\x8f\x01\n" +
+	"\x05http2\x18\x03 \x01(\bR\x05http2\x12(\n" +
+	"\n" +
+	"spiffe_ids\x18\x04 \x03(\tB\t\xbaH\x06\x92\x01\x03\x10\xe8\aR\tspiffeIds\x12\x1f\n" +
+	"\vsend_parent\x18\x05 \x01(\bR\n" +
+	"sendParent\"\x8f\x01\n" +
 	"\bShutdown\x12C\n" +
 	"\bannounce\x18\x01 \x01(\v2\x19.google.protobuf.DurationB\f\xbaH\t\xaa\x01\x06\"\x02\b<2\x00R\bannounce\x12>\n" +
 	"\x05drain\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\r\xbaH\n" +
-	"\xaa\x01\a\"\x03\b\xac\x022\x00R\x05drain*=\n" +
+	"\xaa\x01\a\"\x03\b\xac\x022\x00R\x05drain*8\n" +
+	"\x06Effect\x12\x16\n" +
+	"\x12EFFECT_UNSPECIFIED\x10\x00\x12\n" +
+	"\n" +
+	"\x06PERMIT\x10\x01\x12\n" +
+	"\n" +
+	"\x06FORBID\x10\x02*=\n" +
 	"\tAlgorithm\x12\x19\n" +
 	"\x15ALGORITHM_UNSPECIFIED\x10\x00\x12\v\n" +
 	"\aED25519\x10\x01\x12\b\n" +
@@ -1544,7 +2264,12 @@ const file_knhk_config_v1_config_proto_rawDesc = "" +
 	"\aCapture\x12\x17\n" +
 	"\x13CAPTURE_UNSPECIFIED\x10\x00\x12\b\n" +
 	"\x04LEAN\x10\x01\x12\b\n" +
-	"\x04FULL\x10\x02B5Z3github.com/knhk/sidecar/api/knhk/config/v1;configv1b\x06proto3"
+	"\x04FULL\x10\x02*G\n" +
+	"\x06Filter\x12\x16\n" +
+	"\x12FILTER_UNSPECIFIED\x10\x00\x12\f\n" +
+	"\bEXT_PROC\x10\x01\x12\r\n" +
+	"\tEXT_AUTHZ\x10\x02\x12\b\n" +
+	"\x04BOTH\x10\x03B5Z3github.com/knhk/sidecar/api/knhk/config/v1;configv1b\x06proto3"
 
 var (
 	file_knhk_config_v1_config_proto_rawDescOnce sync.Once
@@ -1558,72 +2283,90 @@ func file_knhk_config_v1_config_proto_rawDescGZIP() []byte {
 	return file_knhk_config_v1_config_proto_rawDescData
 }
 
-var file_knhk_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_knhk_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_knhk_config_v1_config_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
+var file_knhk_config_v1_config_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_knhk_config_v1_config_proto_goTypes = []any{
-	(Algorithm)(0),              // 0: knhk.config.v1.Algorithm
-	(Class)(0),                  // 1: knhk.config.v1.Class
-	(OnReceiptFailure)(0),       // 2: knhk.config.v1.OnReceiptFailure
-	(Capture)(0),                // 3: knhk.config.v1.Capture
-	(*Config)(nil),              // 4: knhk.config.v1.Config
-	(*Succeeds)(nil),            // 5: knhk.config.v1.Succeeds
-	(*Listeners)(nil),           // 6: knhk.config.v1.Listeners
-	(*Keys)(nil),                // 7: knhk.config.v1.Keys
-	(*Key)(nil),                 // 8: knhk.config.v1.Key
-	(*Log)(nil),                 // 9: knhk.config.v1.Log
-	(*Beat)(nil),                // 10: knhk.config.v1.Beat
-	(*ClassBeat)(nil),           // 11: knhk.config.v1.ClassBeat
-	(*ClassRule)(nil),           // 12: knhk.config.v1.ClassRule
-	(*RoutePolicy)(nil),         // 13: knhk.config.v1.RoutePolicy
-	(*Route)(nil),               // 14: knhk.config.v1.Route
-	(*Envoy)(nil),               // 15: knhk.config.v1.Envoy
-	(*Replica)(nil),             // 16: knhk.config.v1.Replica
-	(*Cluster)(nil),             // 17: knhk.config.v1.Cluster
-	(*Shutdown)(nil),            // 18: knhk.config.v1.Shutdown
-	(*durationpb.Duration)(nil), // 19: google.protobuf.Duration
+	(Effect)(0),                 // 0: knhk.config.v1.Effect
+	(Algorithm)(0),              // 1: knhk.config.v1.Algorithm
+	(Class)(0),                  // 2: knhk.config.v1.Class
+	(OnReceiptFailure)(0),       // 3: knhk.config.v1.OnReceiptFailure
+	(Capture)(0),                // 4: knhk.config.v1.Capture
+	(Filter)(0),                 // 5: knhk.config.v1.Filter
+	(*Config)(nil),              // 6: knhk.config.v1.Config
+	(*Identity)(nil),            // 7: knhk.config.v1.Identity
+	(*TLSFiles)(nil),            // 8: knhk.config.v1.TLSFiles
+	(*FederatedBundle)(nil),     // 9: knhk.config.v1.FederatedBundle
+	(*Roles)(nil),               // 10: knhk.config.v1.Roles
+	(*AuthzRule)(nil),           // 11: knhk.config.v1.AuthzRule
+	(*Succeeds)(nil),            // 12: knhk.config.v1.Succeeds
+	(*Listeners)(nil),           // 13: knhk.config.v1.Listeners
+	(*Keys)(nil),                // 14: knhk.config.v1.Keys
+	(*Key)(nil),                 // 15: knhk.config.v1.Key
+	(*Log)(nil),                 // 16: knhk.config.v1.Log
+	(*Beat)(nil),                // 17: knhk.config.v1.Beat
+	(*ClassBeat)(nil),           // 18: knhk.config.v1.ClassBeat
+	(*ClassRule)(nil),           // 19: knhk.config.v1.ClassRule
+	(*RoutePolicy)(nil),         // 20: knhk.config.v1.RoutePolicy
+	(*Route)(nil),               // 21: knhk.config.v1.Route
+	(*Envoy)(nil),               // 22: knhk.config.v1.Envoy
+	(*EnvoyTLS)(nil),            // 23: knhk.config.v1.EnvoyTLS
+	(*Replica)(nil),             // 24: knhk.config.v1.Replica
+	(*Cluster)(nil),             // 25: knhk.config.v1.Cluster
+	(*Shutdown)(nil),            // 26: knhk.config.v1.Shutdown
+	(*durationpb.Duration)(nil), // 27: google.protobuf.Duration
 }
 var file_knhk_config_v1_config_proto_depIdxs = []int32{
-	6,  // 0: knhk.config.v1.Config.listeners:type_name -> knhk.config.v1.Listeners
-	7,  // 1: knhk.config.v1.Config.keys:type_name -> knhk.config.v1.Keys
-	9,  // 2: knhk.config.v1.Config.log:type_name -> knhk.config.v1.Log
-	10, // 3: knhk.config.v1.Config.beat:type_name -> knhk.config.v1.Beat
-	12, // 4: knhk.config.v1.Config.class_rules:type_name -> knhk.config.v1.ClassRule
-	13, // 5: knhk.config.v1.Config.default_route:type_name -> knhk.config.v1.RoutePolicy
-	14, // 6: knhk.config.v1.Config.routes:type_name -> knhk.config.v1.Route
-	15, // 7: knhk.config.v1.Config.envoy:type_name -> knhk.config.v1.Envoy
-	18, // 8: knhk.config.v1.Config.shutdown:type_name -> knhk.config.v1.Shutdown
-	5,  // 9: knhk.config.v1.Config.succeeds:type_name -> knhk.config.v1.Succeeds
-	8,  // 10: knhk.config.v1.Keys.identity:type_name -> knhk.config.v1.Key
-	8,  // 11: knhk.config.v1.Keys.daily:type_name -> knhk.config.v1.Key
-	19, // 12: knhk.config.v1.Keys.rotation_interval:type_name -> google.protobuf.Duration
-	0,  // 13: knhk.config.v1.Key.algorithm:type_name -> knhk.config.v1.Algorithm
-	19, // 14: knhk.config.v1.Log.seal_every:type_name -> google.protobuf.Duration
-	19, // 15: knhk.config.v1.Log.max_unsigned:type_name -> google.protobuf.Duration
-	19, // 16: knhk.config.v1.Log.heartbeat:type_name -> google.protobuf.Duration
-	19, // 17: knhk.config.v1.Log.outcome_timeout:type_name -> google.protobuf.Duration
-	19, // 18: knhk.config.v1.Beat.cycle:type_name -> google.protobuf.Duration
-	11, // 19: knhk.config.v1.Beat.r1:type_name -> knhk.config.v1.ClassBeat
-	11, // 20: knhk.config.v1.Beat.w1:type_name -> knhk.config.v1.ClassBeat
-	19, // 21: knhk.config.v1.ClassBeat.max_wait:type_name -> google.protobuf.Duration
-	19, // 22: knhk.config.v1.ClassBeat.commit_timeout:type_name -> google.protobuf.Duration
-	1,  // 23: knhk.config.v1.ClassRule.class:type_name -> knhk.config.v1.Class
-	1,  // 24: knhk.config.v1.RoutePolicy.class:type_name -> knhk.config.v1.Class
-	2,  // 25: knhk.config.v1.RoutePolicy.on_receipt_failure:type_name -> knhk.config.v1.OnReceiptFailure
-	13, // 26: knhk.config.v1.Route.policy:type_name -> knhk.config.v1.RoutePolicy
-	19, // 27: knhk.config.v1.Route.timeout:type_name -> google.protobuf.Duration
-	17, // 28: knhk.config.v1.Envoy.clusters:type_name -> knhk.config.v1.Cluster
-	3,  // 29: knhk.config.v1.Envoy.capture:type_name -> knhk.config.v1.Capture
-	19, // 30: knhk.config.v1.Envoy.message_timeout:type_name -> google.protobuf.Duration
-	19, // 31: knhk.config.v1.Envoy.access_log_flush:type_name -> google.protobuf.Duration
-	19, // 32: knhk.config.v1.Envoy.max_connection_duration:type_name -> google.protobuf.Duration
-	16, // 33: knhk.config.v1.Envoy.replicas:type_name -> knhk.config.v1.Replica
-	19, // 34: knhk.config.v1.Shutdown.announce:type_name -> google.protobuf.Duration
-	19, // 35: knhk.config.v1.Shutdown.drain:type_name -> google.protobuf.Duration
-	36, // [36:36] is the sub-list for method output_type
-	36, // [36:36] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	13, // 0: knhk.config.v1.Config.listeners:type_name -> knhk.config.v1.Listeners
+	14, // 1: knhk.config.v1.Config.keys:type_name -> knhk.config.v1.Keys
+	16, // 2: knhk.config.v1.Config.log:type_name -> knhk.config.v1.Log
+	17, // 3: knhk.config.v1.Config.beat:type_name -> knhk.config.v1.Beat
+	19, // 4: knhk.config.v1.Config.class_rules:type_name -> knhk.config.v1.ClassRule
+	20, // 5: knhk.config.v1.Config.default_route:type_name -> knhk.config.v1.RoutePolicy
+	21, // 6: knhk.config.v1.Config.routes:type_name -> knhk.config.v1.Route
+	22, // 7: knhk.config.v1.Config.envoy:type_name -> knhk.config.v1.Envoy
+	26, // 8: knhk.config.v1.Config.shutdown:type_name -> knhk.config.v1.Shutdown
+	12, // 9: knhk.config.v1.Config.succeeds:type_name -> knhk.config.v1.Succeeds
+	7,  // 10: knhk.config.v1.Config.identity:type_name -> knhk.config.v1.Identity
+	10, // 11: knhk.config.v1.Config.roles:type_name -> knhk.config.v1.Roles
+	11, // 12: knhk.config.v1.Config.authz_rules:type_name -> knhk.config.v1.AuthzRule
+	8,  // 13: knhk.config.v1.Identity.files:type_name -> knhk.config.v1.TLSFiles
+	27, // 14: knhk.config.v1.Identity.svid_ttl:type_name -> google.protobuf.Duration
+	9,  // 15: knhk.config.v1.TLSFiles.federated:type_name -> knhk.config.v1.FederatedBundle
+	0,  // 16: knhk.config.v1.AuthzRule.effect:type_name -> knhk.config.v1.Effect
+	15, // 17: knhk.config.v1.Keys.identity:type_name -> knhk.config.v1.Key
+	15, // 18: knhk.config.v1.Keys.daily:type_name -> knhk.config.v1.Key
+	27, // 19: knhk.config.v1.Keys.rotation_interval:type_name -> google.protobuf.Duration
+	1,  // 20: knhk.config.v1.Key.algorithm:type_name -> knhk.config.v1.Algorithm
+	27, // 21: knhk.config.v1.Log.seal_every:type_name -> google.protobuf.Duration
+	27, // 22: knhk.config.v1.Log.max_unsigned:type_name -> google.protobuf.Duration
+	27, // 23: knhk.config.v1.Log.heartbeat:type_name -> google.protobuf.Duration
+	27, // 24: knhk.config.v1.Log.outcome_timeout:type_name -> google.protobuf.Duration
+	27, // 25: knhk.config.v1.Beat.cycle:type_name -> google.protobuf.Duration
+	18, // 26: knhk.config.v1.Beat.r1:type_name -> knhk.config.v1.ClassBeat
+	18, // 27: knhk.config.v1.Beat.w1:type_name -> knhk.config.v1.ClassBeat
+	27, // 28: knhk.config.v1.ClassBeat.max_wait:type_name -> google.protobuf.Duration
+	27, // 29: knhk.config.v1.ClassBeat.commit_timeout:type_name -> google.protobuf.Duration
+	2,  // 30: knhk.config.v1.ClassRule.class:type_name -> knhk.config.v1.Class
+	2,  // 31: knhk.config.v1.RoutePolicy.class:type_name -> knhk.config.v1.Class
+	3,  // 32: knhk.config.v1.RoutePolicy.on_receipt_failure:type_name -> knhk.config.v1.OnReceiptFailure
+	20, // 33: knhk.config.v1.Route.policy:type_name -> knhk.config.v1.RoutePolicy
+	27, // 34: knhk.config.v1.Route.timeout:type_name -> google.protobuf.Duration
+	25, // 35: knhk.config.v1.Envoy.clusters:type_name -> knhk.config.v1.Cluster
+	4,  // 36: knhk.config.v1.Envoy.capture:type_name -> knhk.config.v1.Capture
+	27, // 37: knhk.config.v1.Envoy.message_timeout:type_name -> google.protobuf.Duration
+	27, // 38: knhk.config.v1.Envoy.access_log_flush:type_name -> google.protobuf.Duration
+	27, // 39: knhk.config.v1.Envoy.max_connection_duration:type_name -> google.protobuf.Duration
+	24, // 40: knhk.config.v1.Envoy.replicas:type_name -> knhk.config.v1.Replica
+	5,  // 41: knhk.config.v1.Envoy.filter:type_name -> knhk.config.v1.Filter
+	23, // 42: knhk.config.v1.Envoy.tls:type_name -> knhk.config.v1.EnvoyTLS
+	8,  // 43: knhk.config.v1.EnvoyTLS.files:type_name -> knhk.config.v1.TLSFiles
+	27, // 44: knhk.config.v1.Shutdown.announce:type_name -> google.protobuf.Duration
+	27, // 45: knhk.config.v1.Shutdown.drain:type_name -> google.protobuf.Duration
+	46, // [46:46] is the sub-list for method output_type
+	46, // [46:46] is the sub-list for method input_type
+	46, // [46:46] is the sub-list for extension type_name
+	46, // [46:46] is the sub-list for extension extendee
+	0,  // [0:46] is the sub-list for field type_name
 }
 
 func init() { file_knhk_config_v1_config_proto_init() }
@@ -1636,8 +2379,8 @@ func file_knhk_config_v1_config_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_knhk_config_v1_config_proto_rawDesc), len(file_knhk_config_v1_config_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   15,
+			NumEnums:      6,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,4 +1,4 @@
-package extproc
+package envoywire
 
 import (
 	"context"
@@ -7,9 +7,9 @@ import (
 	"google.golang.org/grpc/metadata"
 )
 
-// traceParent is the caller's span as Envoy tells it: in the metadata of the gRPC call, not in the forwarded headers,
+// TraceParent is the caller's span as Envoy tells it: in the metadata of the gRPC call, not in the forwarded headers,
 // which carry whatever the client sent. Both are zero without a valid traceparent.
-func traceParent(ctx context.Context) (trace [16]byte, span [8]byte) {
+func TraceParent(ctx context.Context) (trace [16]byte, span [8]byte) {
 	v := metadata.ValueFromIncomingContext(ctx, "traceparent")
 	if len(v) != 1 {
 		return trace, span

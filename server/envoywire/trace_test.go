@@ -1,4 +1,4 @@
-package extproc
+package envoywire
 
 import (
 	"context"
@@ -30,7 +30,7 @@ func TestTraceParent(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			ctx := metadata.NewIncomingContext(context.Background(), metadata.MD{"traceparent": c.in})
-			gotTrace, gotSpan := traceParent(ctx)
+			gotTrace, gotSpan := TraceParent(ctx)
 			wantTrace, wantSpan := trace, span
 			if !c.ok {
 				wantTrace, wantSpan = "00000000000000000000000000000000", "0000000000000000"
