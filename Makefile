@@ -65,6 +65,15 @@ demo: setup ## 1,000 requests through a real Envoy, their receipts verified offl
 test: setup ## every test: packages, race detector, real Envoy; a line for each lane
 	go run ./e2e/lanes
 
+.PHONY: spire
+spire:
+	@mkdir -p .tools/spire
+	go build -C e2e/tools/spire -trimpath -ldflags "-s -w" -o $(CURDIR)/.tools/spire/ tool
+
+.PHONY: test-spire
+test-spire: venv spire ## identities from a real SPIRE, which it builds: who is let in, and renewal of certificates under load
+	KNHK_ISSUER=spire go test -count=1 -v -timeout 15m -p 1 -run '^(TestWhoIsLetIn|TestRotation|TestSPIRE)$$' ./e2e/identity ./e2e/examples
+
 .PHONY: bench
 bench: setup ## knhk beside no-op ext_proc servers on one Envoy; prints a table, writes bench.json
 	go run ./e2e/bench $(BENCHFLAGS)

@@ -75,6 +75,7 @@ const knhkYAML = `origin: "bench.local/knhk/%[1]s"
 instance: %[1]s
 state_dir: %[2]s
 listeners: {envoy: "%[3]s", admin: "%[4]s"}
+insecure_loopback: true
 keys:
   identity: {uri: "soft:%[5]s"}
   daily: {uri: "soft:%[5]s"}

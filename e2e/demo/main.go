@@ -78,7 +78,7 @@ func step(format string, args ...any) {
 func say(format string, args ...any) { fmt.Printf("  "+format+"\n", args...) }
 
 // begin starts the stack in a fresh directory under run/.
-func begin(ctx context.Context, name string) (*stack.Stack, error) {
+func begin(ctx context.Context, name, yaml string, identity *stack.Identity) (*stack.Stack, error) {
 	root, err := harness.ModuleRoot()
 	if err != nil {
 		return nil, err
@@ -91,7 +91,7 @@ func begin(ctx context.Context, name string) (*stack.Stack, error) {
 	if _, ok := softhsm.Find(); !ok {
 		say("SoftHSM is missing (apt-get install softhsm2): the keys will be files")
 	}
-	s, err := stack.New(ctx, stack.Config{Dir: dir, YAML: demoConfig})
+	s, err := stack.New(ctx, stack.Config{Dir: dir, YAML: yaml, Identity: identity})
 	if err != nil {
 		return nil, err
 	}
@@ -99,13 +99,19 @@ func begin(ctx context.Context, name string) (*stack.Stack, error) {
 		return nil, errors.Join(err, s.Stop(context.WithoutCancel(ctx)))
 	}
 	say("keys: %s", s.Custody)
+	if identity != nil {
+		say("identities: knhk dev-issuer, DEVELOPMENT ONLY; in production SPIRE or another issuer serves the Workload API")
+		say("mutual TLS everywhere: Envoy listens on %s, knhk's admin on %s, the log on %s", s.Listener, s.Admin, s.Tiles)
+		return s, nil
+	}
 	say("Envoy listens on http://%s, knhk's admin on http://%s, the log on http://%s", s.Listener, s.Admin, s.Tiles)
 	return s, nil
 }
 
 // run leaves the stack running.
 func run(ctx context.Context) (err error) {
-	s, err := begin(ctx, "dev")
+	yaml := strings.Replace(demoConfig, `endpoints: ["UPSTREAM"]`, `endpoints: ["UPSTREAM"], spiffe_ids: ["`+stack.UpstreamID+`"]`, 1)
+	s, err := begin(ctx, "dev", yaml, &stack.Identity{TTL: time.Hour, Write: true})
 	if err != nil {
 		return err
 	}
@@ -114,25 +120,32 @@ func run(ctx context.Context) (err error) {
 		defer cancel()
 		err = errors.Join(err, s.Stop(stop))
 	}()
+	port := func(addr string) string { return addr[strings.LastIndexByte(addr, ':')+1:] }
 	step("Try, in another terminal")
-	fmt.Printf(`
-  curl -si http://%[1]s/                           x-knhk-receipt names the receipt
-  curl -si http://%[1]s/hot/do/status/404          class R1, an error from the upstream
-  curl -si -H 'x-knhk-receipt: forged' http://%[1]s/nowhere
-  export KNHK_ADMIN=%[2]s
-  %[3]s receipts list
-  %[3]s receipts tail
-  %[3]s receipts get --story --wait 3s ID
-  %[3]s receipts get --wait 3s ID > bundle.json
-  %[3]s verify --policy %[4]s/policy bundle.json
-  python3 examples/verify.py %[4]s/policy bundle.json
-  curl -s http://%[2]s/metrics | grep ^knhk
-  curl -s http://%[5]s/checkpoint
+	fmt.Print(strings.NewReplacer("{LISTENER}", "https://localhost:"+port(s.Listener), "{ADMIN}", "localhost:"+port(s.Admin), "{TILES}", "https://localhost:"+port(s.Tiles),
+		"{KNHK}", s.CLI(), "{DIR}", s.Dir, "{STATE}", s.StateDir, "{CONFIG}", s.ConfigFile, "{SERVER}", stack.KnhkID, "{API}", s.WorkloadAPI(stack.TrustDomain)).Replace(`
+  cd {DIR}
+  client() { curl -s --cert client/certificate.pem --key client/key.pem --cacert client/bundle.pem "$@"; }
+  client -i {LISTENER}/                    # x-knhk-receipt names the receipt
+  client -i {LISTENER}/hot/do/status/404   # class R1, an error from the upstream
+  client -i -H 'x-knhk-receipt: forged' {LISTENER}/nowhere
+  client -i {LISTENER}/do/echo             # what the upstream is told of the client
+  curl -si --cacert client/bundle.pem {LISTENER}/    # refused: no certificate
+  export KNHK_ADMIN={ADMIN} KNHK_SERVER_ID={SERVER} SPIFFE_ENDPOINT_SOCKET={API}
+  {KNHK} receipts list
+  {KNHK} receipts tail
+  {KNHK} receipts get --story --wait 3s ID
+  {KNHK} receipts get --wait 3s ID > bundle.json
+  {KNHK} verify --policy {STATE}/policy bundle.json
+  python3 ../../examples/verify.py {STATE}/policy bundle.json
+  operator() { curl -s --cert operator/certificate.pem --key operator/key.pem --cacert operator/bundle.pem "$@"; }
+  operator https://{ADMIN}/metrics | grep ^knhk
+  operator {TILES}/checkpoint
 
-  The configuration is %[6]s: change a class or a capacity in it and knhk reloads it.
+  The configuration is {CONFIG}: change a class or a capacity in it and knhk reloads it.
 
 Ctrl-C ends everything.
-`, s.Listener, s.Admin, s.Bin, s.StateDir, s.Tiles, s.ConfigFile)
+`))
 	select {
 	case <-ctx.Done():
 	case <-s.Knhk.Exited():
@@ -154,7 +167,7 @@ Ctrl-C ends everything.
 }
 
 func demo(ctx context.Context) (err error) {
-	s, err := begin(ctx, "demo") // which may have to build knhk first
+	s, err := begin(ctx, "demo", demoConfig, nil) // which may have to build knhk first
 	if err != nil {
 		return err
 	}

@@ -1,7 +1,6 @@
 package failclosed
 
 import (
-	"encoding/json"
 	"fmt"
 	"net/http"
 	"os/exec"
@@ -13,9 +12,7 @@ import (
 
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
-	"go.yaml.in/yaml/v3"
 	"golang.org/x/sys/unix"
-	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/knhk/sidecar/e2e/audited"
 	"github.com/knhk/sidecar/e2e/harness"
@@ -26,23 +23,20 @@ import (
 // Where Envoy says what it did about a knhk that does not answer.
 const (
 	connectFailed = "cluster.knhk.upstream_cx_connect_fail"
-	timedOut      = "http.knhk.ext_proc.message_timeouts"
-	streamsFailed = "http.knhk.ext_proc.streams_failed"
 	spurious      = "http.knhk.ext_proc.spurious_msgs_received"
-	locallySent   = "http.knhk.ext_proc.immediate_responses_sent"
 )
 
 // unknown wants the interval named in which nobody heard Envoy's access log, once it is over. gaps passed in it: what knhk
 // itself counts is at most that, and Envoy's own count is exact.
-func (w *site) unknown(mark int64, gaps int) string {
+func (w *site) unknown(mark int64) string {
 	w.t.Helper()
 	w.AwaitMetric(1, "knhk_accesslog_unheard_total")
 	line := w.logged(mark, "unknown interval", "since=", "until=")
-	if n := w.stat(failedOpen); n != float64(gaps) || w.gaps != gaps {
-		w.t.Errorf("Envoy counts %v gaps of %d", n, gaps)
+	if n := w.stat(w.failedOpen); n != float64(w.gaps) {
+		w.t.Errorf("Envoy counts %v gaps of %d", n, w.gaps)
 	}
-	if n := w.Metric("knhk_gaps_total"); n > float64(gaps) {
-		w.t.Errorf("knhk counts %v gaps of %d", n, gaps)
+	if n := w.Metric("knhk_gaps_total"); n > float64(w.gaps) {
+		w.t.Errorf("knhk counts %v gaps of %d", n, w.gaps)
 	}
 	return line
 }
@@ -58,7 +52,7 @@ func TestDead(t *testing.T) {
 			t.Error("Envoy could connect to nobody's port")
 		}
 		w.startKnhk("started")
-		w.unknown(0, 4)
+		w.unknown(0)
 
 		mark := w.mark()
 		if err := w.Knhk.Stop(t.Context()); err != nil {
@@ -73,19 +67,20 @@ func TestDead(t *testing.T) {
 		} else {
 			w.observed("Envoy's %s", connectFailed)
 		}
-		failed, sent := w.stat(streamsFailed), w.stat(locallySent)
-		if failed < float64(refused) || sent < float64(refused) {
-			t.Errorf("Envoy counts %v failed streams and %v answers of its own for %d refused requests", failed, sent, refused)
+		for _, name := range w.refusing {
+			if n := w.stat(name); n < float64(refused) {
+				t.Errorf("Envoy counts %v of %s for %d refused requests", n, name, refused)
+			}
 		}
 		w.startKnhk("restarted")
-		line := w.unknown(mark, 8)
+		line := w.unknown(mark)
 		tr := w.complete(0)
 		for _, name := range []string{"never-started", "gap-never-started", "ended", "gap-ended"} {
 			if n := len(tr.ByCase[name]); n != 0 {
 				t.Errorf("%s: %d receipts", name, n)
 			}
 		}
-		w.row("service dead", refusal{503, ""}.String(), envoyExact, "Envoy "+streamsFailed+", "+connectFailed, line)
+		w.row("service dead", refusal{503, ""}.String(), envoyExact, "Envoy "+w.failed+", "+connectFailed, line)
 	})
 }
 
@@ -98,39 +93,42 @@ func TestHung(t *testing.T) {
 		w.startKnhk("started")
 		mark := w.mark()
 		w.Freeze()
-		before := w.stat(timedOut)
+		before := w.stat(w.timedOut)
 		begin := time.Now()
-		refused := w.refuses("frozen", refusal{504, ""})
-		w.passes("gap-frozen", 4)
+		refused := w.refuses("frozen", w.hung)
+		passed := w.passes("gap-frozen", 4)
 		t.Logf("answered in %v", time.Since(begin).Round(time.Millisecond))
-		if n := w.stat(timedOut) - before; n >= 4 {
-			w.observed("Envoy's %s, every thread of knhk in state T", timedOut)
+		if n := w.stat(w.timedOut) - before; n >= 4 {
+			w.observed("Envoy's %s, every thread of knhk in state T", w.timedOut)
 		} else {
 			t.Errorf("Envoy counts %v timeouts", n)
 		}
 		if err := w.Knhk.Thaw(); err != nil {
 			t.Fatal(err)
 		}
-		w.Serves("thawed", "/p")
+		w.serves("thawed")
 		// Its access log stream has outlived the frost: what Envoy wrote to it was in the socket.
 		w.Eventually("Envoy's access log has come", func() error {
-			if n := w.Metric("knhk_gaps_total", `knhk_source="accesslog"`); n != 4 {
-				return fmt.Errorf("%v gaps of 4", n)
+			if n := w.Metric("knhk_gaps_total", `knhk_source="accesslog"`); n != float64(w.gaps) {
+				return fmt.Errorf("%v gaps of %d", n, w.gaps)
 			}
 			return nil
 		})
-		if n := w.stat(failedOpen); n != 4 {
-			t.Errorf("Envoy counts %v gaps of 4", n)
+		if n := w.stat(w.failedOpen); n != float64(w.gaps) {
+			t.Errorf("Envoy counts %v gaps of %d", n, w.gaps)
 		}
-		w.AwaitMetric(float64(refused), "knhk_unreceipted_total", `knhk_kind="ext_proc_failed"`)
-		line := w.logged(mark, "a request reached the upstream without a decision", "route=allow")
-		tr := w.complete(4)
+		w.AwaitMetric(float64(refused), "knhk_unreceipted_total", `knhk_kind="`+w.kind+`"`)
+		line := ""
+		if w.letting {
+			line = w.logged(mark, "a request reached the upstream without a decision", "route=")
+		}
+		tr := w.complete(passed)
 		for _, name := range []string{"frozen", "gap-frozen"} {
 			for _, e := range tr.ByCase[name] {
 				o := e.Outcomes[0]
 				switch told := fmt.Sprintf("%s %s %s", o.Source, o.Result, o.Details); told {
-				case "ext_proc local_reply knhk_log_unavailable", "ext_proc aborted answer_not_delivered",
-					"ext_proc client_abort knhk_client_gone", "recovery unknown outcome_timeout":
+				case w.source + " local_reply knhk_log_unavailable", w.source + " aborted answer_not_delivered",
+					w.source + " client_abort knhk_client_gone", "recovery unknown outcome_timeout":
 				default:
 					t.Errorf("%s: %v", name, e)
 				}
@@ -139,8 +137,8 @@ func TestHung(t *testing.T) {
 				}
 			}
 		}
-		w.row("service hung", refusal{504, ""}.String()+" after message_timeout", "pass after message_timeout; access log and Envoy exact",
-			"Envoy "+timedOut+"; knhk_unreceipted_total{ext_proc_failed} when thawed", line)
+		w.row("service hung", w.hung.String()+" after message_timeout", "pass after message_timeout; access log and Envoy exact",
+			"Envoy "+w.timedOut+"; knhk_unreceipted_total{"+w.kind+"} when thawed", line)
 	})
 }
 
@@ -191,11 +189,11 @@ func TestKilledAfterAdmitting(t *testing.T) {
 		w.refuses("killed", refusal{503, ""})
 		w.passes("gap-killed", 4)
 		w.startKnhk("restarted")
-		allowed := 4
+		allowed := w.gaps
 		if w.capture == "full" {
 			allowed++ // the response phase of the one in flight failed too: Envoy counts it, though it has its receipt
 		}
-		if n := w.stat(failedOpen); n != float64(allowed) {
+		if n := w.stat(w.failedOpen); n != float64(allowed) {
 			t.Errorf("Envoy counts %v failures allowed, want %d", n, allowed)
 		}
 		line := w.logged(mark, "unknown interval", "since=", "until=")
@@ -218,30 +216,6 @@ func TestKilledAfterAdmitting(t *testing.T) {
 	})
 }
 
-// edit changes the resources of what `knhk bootstrap` wrote.
-func edit(t *testing.T, change func(*bootstrapv3.Bootstrap_StaticResources)) func([]byte) []byte {
-	return func(y []byte) []byte {
-		var tree any
-		if err := yaml.Unmarshal(y, &tree); err != nil {
-			t.Fatal(err)
-		}
-		js, err := json.Marshal(tree)
-		if err != nil {
-			t.Fatal(err)
-		}
-		var b bootstrapv3.Bootstrap
-		if err := protojson.Unmarshal(js, &b); err != nil {
-			t.Fatal(err)
-		}
-		change(b.GetStaticResources())
-		out, err := bootstrap.YAML(&b)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return out
-	}
-}
-
 // TestMissingCluster gives Envoy a configuration in which the cluster of knhk has another name, or is not there. Envoy starts with it
 // (1.40) and has nobody to ask, and nobody to send its access log to.
 func TestMissingCluster(t *testing.T) {
@@ -261,12 +235,12 @@ func TestMissingCluster(t *testing.T) {
 				r.Clusters = slices.DeleteFunc(r.Clusters, func(c *clusterv3.Cluster) bool { return c.GetName() == bootstrap.SidecarCluster })
 			},
 		} {
-			w.EditBootstrap = edit(t, change)
+			w.EditBootstrap = stack.EditResources(t, change)
 			w.startEnvoy()
 			w.refuses(name, refusal{503, ""})
-			w.passes("gap-"+name, 4)
-			if n := w.stat(failedOpen); n != 4 {
-				t.Errorf("Envoy counts %v gaps of 4", n)
+			passed := w.passes("gap-"+name, 4)
+			if n := w.stat(w.failedOpen); n != float64(passed) {
+				t.Errorf("Envoy counts %v gaps of %d", n, passed)
 			}
 			if names, err := w.Envoy.Stats(t.Context(), `^cluster\.knhk\.membership_total$`); err != nil || len(names) != 0 {
 				t.Errorf("Envoy has a cluster of that name: %v, %v", names, err)
@@ -284,7 +258,7 @@ func TestMissingCluster(t *testing.T) {
 		w.EditBootstrap = nil
 		mark := w.mark()
 		w.startEnvoy()
-		w.Serves("found", "/p")
+		w.serves("found")
 		line := w.logged(mark, "unknown interval", "since=", "until=")
 		w.complete(0)
 		w.row("missing cluster", refusal{503, ""}.String(), envoyExact, "knhk_accesslog_streams 0", line)
@@ -317,8 +291,8 @@ func TestSocketWithoutPermission(t *testing.T) {
 		if err := unix.Chmod(socket, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		w.Serves("permitted", "/p")
-		line := w.unknown(mark, 4)
+		w.serves("permitted")
+		line := w.unknown(mark)
 		tr := w.complete(0)
 		for _, name := range []string{"no-permission", "gap-no-permission"} {
 			if n := len(tr.ByCase[name]); n != 0 {

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"strings"
@@ -12,15 +13,18 @@ import (
 	"testing"
 	"time"
 
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/knhk/sidecar/e2e/audited"
 	"github.com/knhk/sidecar/e2e/harness"
 	"github.com/knhk/sidecar/e2e/stack"
+	"github.com/knhk/sidecar/server/extauthz"
 	"github.com/knhk/sidecar/server/extproc"
 )
 
@@ -106,12 +110,62 @@ func says(message ...byte) deed {
 	}
 }
 
+// replies answers a unary call with one message.
+func replies(message ...byte) deed {
+	return func(ss grpc.ServerStream) error { return ss.SendMsg(&message) }
+}
+
+// fails answers with a gRPC error.
+func fails(code codes.Code) deed {
+	return func(grpc.ServerStream) error { return status.Error(code, "as told") }
+}
+
+// mischief is what an impostor does, and what becomes of requests.
+type mischief struct {
+	name string
+	deed deed
+	want refusal
+}
+
+// garbage is what an impostor says who speaks gRPC: messages that are none, or none that fit.
+func (w *site) garbage(noise func(int) []byte) []mischief {
+	own := refusal{503, ""}
+	if w.door == authorizer {
+		never := append([]byte{0x07}, noise(64)...) // no protobuf begins so
+		return []mischief{
+			{"noise", replies(never...), own},
+			{"much-noise", replies(append(never, noise(1<<20)...)...), own},
+			{"cut-off", replies(0x0a, 0x7f), own},
+			{"no-message", func(grpc.ServerStream) error { return nil }, own},
+			{"consent-then-error", func(ss grpc.ServerStream) error {
+				if err := replies()(ss); err != nil {
+					return err
+				}
+				return status.Error(codes.Internal, "as told")
+			}, own},
+			{"consent-without-end", says(), w.hung},
+		}
+	}
+	return []mischief{
+		{"noise", says(noise(64)...), own},
+		{"much-noise", says(noise(1 << 20)...), own},
+		{"cut-off", says(0x0a, 0x7f), own},
+		{"empty-message", says(), own},
+		{"unknown-field", says(0xfa, 0x3e, 0x01, 'x'), own},
+		{"metadata-alone", says(0x42, 0x00), own},
+		{"mode-alone", says(0x4a, 0x00), own},
+		{"answer-to-response", says(0x12, 0x00), own},
+		{"answer-to-body", says(0x1a, 0x00), own},
+		{"answer-to-trailers", says(0x2a, 0x00), own},
+	}
+}
+
 // TestGarbage has somebody else at knhk's address: first one who speaks gRPC and sends messages that are none, or none that
 // fit, then one who does not even speak HTTP/2.
 func TestGarbage(t *testing.T) {
 	t.Parallel()
 	each(t, "garbage", stack.Config{}, func(w *site) {
-		rng := w.closed.Rand()
+		rng := w.runs[0].Rand()
 		noise := func(n int) []byte {
 			b := make([]byte, n)
 			for i := range b {
@@ -121,30 +175,14 @@ func TestGarbage(t *testing.T) {
 		}
 		im := w.impostor()
 		w.startEnvoy()
-		misbehaved := 0
-		for _, c := range []struct {
-			name string
-			deed deed
-			want refusal
-		}{
-			{"noise", says(noise(64)...), refusal{503, ""}},
-			{"much-noise", says(noise(1 << 20)...), refusal{503, ""}},
-			{"cut-off", says(0x0a, 0x7f), refusal{503, ""}},
-			{"empty-message", says(), refusal{503, ""}},
-			{"unknown-field", says(0xfa, 0x3e, 0x01, 'x'), refusal{503, ""}},
-			{"metadata-alone", says(0x42, 0x00), refusal{503, ""}},
-			{"mode-alone", says(0x4a, 0x00), refusal{503, ""}},
-			{"answer-to-response", says(0x12, 0x00), refusal{503, ""}},
-			{"answer-to-body", says(0x1a, 0x00), refusal{503, ""}},
-			{"answer-to-trailers", says(0x2a, 0x00), refusal{503, ""}},
-		} {
+		behaved := 0
+		for _, c := range w.garbage(noise) {
 			im.deed.Store(c.deed)
 			before := im.hits.Load()
 			w.refuses(c.name, c.want)
 			w.passes("gap-"+c.name, 2)
-			if im.hits.Load() > before {
-				misbehaved++
-			} else {
+			if im.hits.Load() == before {
+				behaved++
 				t.Errorf("%s: nobody was asked", c.name)
 			}
 		}
@@ -160,32 +198,37 @@ func TestGarbage(t *testing.T) {
 				_, _ = c.Write(append([]byte("\x00\x00\x00\x04\x00\x00\x00\x00\x00"), noise(4096)...))
 			}, refusal{503, ""}},
 			{"closes", func(net.Conn) {}, refusal{503, ""}},
-			{"mute", func(c net.Conn) { _, _ = io.Copy(io.Discard, c) }, refusal{504, ""}},
+			{"mute", func(c net.Conn) { _, _ = io.Copy(io.Discard, c) }, w.hung},
 		} {
 			stop, hits := w.listen(c.talk)
 			w.refuses(c.name, c.want)
 			w.passes("gap-"+c.name, 2)
-			if hits() > 0 {
-				misbehaved++
-			} else {
+			if hits() == 0 {
+				behaved++
 				t.Errorf("%s: nobody connected", c.name)
 			}
 			stop()
 		}
-		if misbehaved == 15 {
+		if behaved == 0 {
 			w.observed("the impostor's own counts")
 		}
-		if bad, failed := w.stat(spurious), w.stat(streamsFailed); bad == 0 || failed == 0 {
-			t.Errorf("Envoy counts %v answers that do not fit and %v failed streams", bad, failed)
+		seen := []string{w.failed}
+		if w.door == processor {
+			seen = append(seen, spurious)
 		}
-		if n := w.stat(failedOpen); n != float64(w.gaps) {
+		for _, name := range seen {
+			if w.stat(name) == 0 {
+				t.Errorf("Envoy counts none of %s", name)
+			}
+		}
+		if n := w.stat(w.failedOpen); n != float64(w.gaps) {
 			t.Errorf("Envoy counts %v gaps of %d", n, w.gaps)
 		}
 		w.startKnhk("back")
-		line := w.unknown(0, w.gaps)
+		line := w.unknown(0)
 		w.complete(0)
-		w.row("garbage", refusal{503, ""}.String()+"; 504 if it accepts and says nothing", envoyExact,
-			"Envoy "+streamsFailed+", "+spurious, line)
+		w.row("garbage", fmt.Sprintf("%v; %d if it accepts and says nothing", refusal{503, ""}, w.hung.status), envoyExact,
+			"Envoy "+strings.Join(seen, ", "), line)
 	})
 }
 
@@ -233,10 +276,10 @@ func TestGRPCError(t *testing.T) {
 	each(t, "grpc-error", stack.Config{}, func(w *site) {
 		im := w.impostor()
 		w.startEnvoy()
-		failed := w.stat(streamsFailed)
+		failed := w.stat(w.failed)
 		all := 0
 		for code := codes.Canceled; code <= codes.Unauthenticated; code++ {
-			im.deed.Store(deed(func(grpc.ServerStream) error { return status.Error(code, "as told") }))
+			im.deed.Store(fails(code))
 			before := im.hits.Load()
 			w.refuses(code.String(), refusal{503, ""})
 			w.passes("gap-"+code.String(), 2)
@@ -249,14 +292,14 @@ func TestGRPCError(t *testing.T) {
 		if all == 16 {
 			w.observed("the impostor's own counts")
 		}
-		if n := w.stat(streamsFailed) - failed; n == 0 {
+		if n := w.stat(w.failed) - failed; n == 0 {
 			t.Error("Envoy counts no failed stream")
 		}
 		im.stop()
 		w.startKnhk("back")
-		line := w.unknown(0, w.gaps)
+		line := w.unknown(0)
 		w.complete(0)
-		w.row("gRPC error, any code", refusal{503, ""}.String(), envoyExact, "Envoy "+streamsFailed, line)
+		w.row("gRPC error, any code", refusal{503, ""}.String(), envoyExact, "Envoy "+w.failed, line)
 	})
 }
 
@@ -267,7 +310,7 @@ func TestCleanEnd(t *testing.T) {
 	harness.RequireEnvoy(t)
 	// Nobody tells an outcome of what is decided here without Envoy.
 	impatient := "log: {outcome_timeout: 2s}" + strings.ReplaceAll(routes, "cluster: up", "cluster: up, timeout: 2s")
-	w := &site{World: audited.Prepare(t, stack.Config{YAML: impatient}), t: t}
+	w := &site{World: audited.Prepare(t, stack.Config{YAML: impatient}), t: t, turn: turn{door: processor, denying: true, letting: true}}
 	im := w.impostor()
 	im.deed.Store(deed(func(grpc.ServerStream) error { return nil }))
 	w.startEnvoy()
@@ -278,42 +321,102 @@ func TestCleanEnd(t *testing.T) {
 	w.Upstream.Forget() // they went on by nobody's decision, as was to be shown
 	im.stop()
 	w.startKnhk("started")
-	conn, err := grpc.NewClient(w.Sidecar, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.ForceCodecV2(bytesCodec{})))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	ask := w.asks(extproc.ServiceDesc.ServiceName + "/Process")
 	headers := []byte{0x12, 0x02, 0x18, 0x01} // ProcessingRequest.request_headers{end_of_stream: true}
 	for name, send := range map[string][][]byte{
 		"nothing": {}, "an empty message": {{}}, "noise": {{0xff, 0xff, 0xff}}, "request headers": {headers},
 		"request headers twice": {headers, headers}, "response headers": {{0x1a, 0x00}}, "request body": {{0x22, 0x00}},
 		"response body": {{0x2a, 0x00}}, "request trailers": {{0x32, 0x00}}, "response trailers": {{0x3a, 0x00}},
 	} {
-		ctx, cancel := context.WithTimeout(t.Context(), harness.Patience)
-		st, err := conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, "/"+extproc.ServiceDesc.ServiceName+"/Process")
+		answers, err := ask(send)
+		if errors.Is(err, io.EOF) || len(answers) < len(send) {
+			t.Errorf("%s: %d answers, then %v", name, len(answers), err)
+		}
+	}
+	w.complete(0)
+}
+
+// asks gives what has a method of knhk asked: all messages are sent, then the end of them; what comes back is the answers and how the
+// call ended, io.EOF if cleanly.
+func (w *site) asks(method string) func(send [][]byte) (answers [][]byte, err error) {
+	w.t.Helper()
+	conn, err := grpc.NewClient(w.Sidecar, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.ForceCodecV2(bytesCodec{})))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { conn.Close() })
+	return func(send [][]byte) (answers [][]byte, err error) {
+		w.t.Helper()
+		ctx, cancel := context.WithTimeout(w.t.Context(), harness.Patience)
+		defer cancel()
+		st, err := conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, "/"+method)
 		if err != nil {
-			t.Fatal(err)
+			w.t.Fatal(err)
 		}
 		for _, m := range send {
-			if err := st.SendMsg(&m); err != nil {
-				t.Errorf("%s: %v", name, err)
+			// One that knhk has answered already takes no more: how it ended is told below.
+			if err := st.SendMsg(&m); err != nil && !errors.Is(err, io.EOF) {
+				w.t.Error(err)
 			}
 		}
 		if err := st.CloseSend(); err != nil {
-			t.Error(err)
+			w.t.Error(err)
 		}
-		answers := 0
-		var in []byte
-		for err = nil; err == nil; {
-			if err = st.RecvMsg(&in); err == nil {
-				answers++
+		for {
+			var in []byte
+			if err := st.RecvMsg(&in); err != nil {
+				return answers, err
+			}
+			answers = append(answers, in)
+		}
+	}
+}
+
+// TestConsent holds fast why knhk never sends an answer to ext_authz without a status: Envoy (1.40) takes a CheckResponse in which it
+// finds none for consent, whatever else stands there; the nearest there is to a stream that ends cleanly. Then knhk itself is asked in
+// every way in which there may be nothing to say: each call gets a denial or an error.
+func TestConsent(t *testing.T) {
+	t.Parallel()
+	harness.RequireEnvoy(t)
+	r := turn{door: authorizer, denying: true}
+	w := &site{World: audited.Prepare(t, stack.Config{YAML: r.yaml(logOf("seal_every: 1s"))}), t: t, turn: r}
+	im := w.impostor()
+	w.startEnvoy()
+	for name, c := range map[string]struct {
+		answer []byte
+		want   int
+	}{
+		"empty":                   {nil, 200},
+		"status-without-code":     {[]byte{0x0a, 0x00}, 200},
+		"status-of-another-type":  {[]byte{0x08, 0x07}, 200},
+		"unknown-field":           {[]byte{0xfa, 0x3e, 0x01, 'x'}, 200},
+		"denial-without-response": {[]byte{0x0a, 0x02, 0x08, 0x07}, 403},
+	} {
+		im.deed.Store(replies(c.answer...))
+		if resp := w.Get(name, "/p"); resp.Status != c.want || (w.Reached(name) == 1) != (c.want == 200) {
+			t.Errorf("Envoy has changed: %s gives %d, and %d requests at the upstream", name, resp.Status, w.Reached(name))
+		}
+	}
+	w.Upstream.Forget() // they went on by nobody's decision, as was to be shown
+	im.stop()
+	w.startKnhk("started")
+	ask := w.asks(extauthz.ServiceDesc.ServiceName + "/Check")
+	for name, send := range map[string][][]byte{
+		"nothing": {}, "an empty message": {{}}, "noise": {{0xff, 0xff, 0xff}}, "empty attributes": {{0x0a, 0x00}},
+		"attributes of another type": {{0x08, 0x01}}, "a request without HTTP": {{0x0a, 0x02, 0x22, 0x00}},
+		"an empty HTTP request": {{0x0a, 0x04, 0x22, 0x02, 0x12, 0x00}}, "two messages": {{}, {}},
+	} {
+		answers, err := ask(send)
+		for _, b := range answers {
+			var r authv3.CheckResponse
+			if err := proto.Unmarshal(b, &r); err != nil || r.GetStatus().GetCode() == 0 || r.GetDeniedResponse() == nil {
+				t.Errorf("%s is answered by %v: %v", name, &r, err)
 			}
 		}
-		if errors.Is(err, io.EOF) || answers < len(send) {
-			t.Errorf("%s: %d answers, then %v", name, answers, err)
+		if errors.Is(err, io.EOF) && len(answers) == 0 {
+			t.Errorf("%s: the call ends without an answer or an error", name)
 		}
-		cancel()
 	}
 	w.complete(0)
 }

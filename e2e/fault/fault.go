@@ -37,7 +37,7 @@ type Fault struct {
 }
 
 // Table is every fault that is tested, in the order in which it is shown.
-var Table = slices.Concat(failClosed, failOpen, crash, storage, peers, restart, keys)
+var Table = slices.Concat(failClosed, failOpen, authzClosed, authzOpen, crash, storage, peers, restart, keys)
 
 // Row is what a Run came to.
 type Row struct {

@@ -3,6 +3,7 @@ package harness
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -81,8 +82,9 @@ type Response struct {
 
 // Conn is one raw HTTP/1.1 connection, kept alive for as many requests as the server lets it.
 type Conn struct {
-	tcp *net.TCPConn
-	r   *bufio.Reader
+	tcp  *net.TCPConn
+	conn net.Conn // tcp, or TLS on it
+	r    *bufio.Reader
 }
 
 // Dial opens a connection to addr (host:port). Everything on it ends after Patience at the latest.
@@ -96,11 +98,37 @@ func Dial(ctx context.Context, addr string) (*Conn, error) {
 		c.Close()
 		return nil, fmt.Errorf("dial: %w", err)
 	}
-	return &Conn{tcp: c.(*net.TCPConn), r: bufio.NewReader(c)}, nil
+	return &Conn{tcp: c.(*net.TCPConn), conn: c, r: bufio.NewReader(c)}, nil
+}
+
+// DialTLS is Dial, and the handshake that cfg wants. With TLS 1.3 a server that refuses the client's certificate says so after it: then
+// the first Read fails.
+func DialTLS(ctx context.Context, addr string, cfg *tls.Config) (*Conn, error) {
+	c, err := Dial(ctx, addr)
+	if err != nil {
+		return nil, err
+	}
+	t := tls.Client(c.tcp, cfg)
+	if err := t.HandshakeContext(ctx); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("dial: %w", err)
+	}
+	c.conn, c.r = t, bufio.NewReader(t)
+	return c, nil
+}
+
+// TLS is the state of a connection that DialTLS made, else nil.
+func (c *Conn) TLS() *tls.ConnectionState {
+	t, ok := c.conn.(*tls.Conn)
+	if !ok {
+		return nil
+	}
+	state := t.ConnectionState()
+	return &state
 }
 
 // Close ends the connection in the ordinary way (FIN).
-func (c *Conn) Close() error { return c.tcp.Close() }
+func (c *Conn) Close() error { return c.conn.Close() }
 
 // Abort ends the connection with RST, as a crashed client's kernel would.
 func (c *Conn) Abort() error {
@@ -112,7 +140,7 @@ func (c *Conn) Abort() error {
 
 // Write sends bytes as they are.
 func (c *Conn) Write(b []byte) error {
-	_, err := c.tcp.Write(b)
+	_, err := c.conn.Write(b)
 	return err
 }
 
@@ -156,6 +184,16 @@ func (c *Conn) ReadHead(method string) (*Response, error) {
 // Do opens a connection, sends one request, reads the response and closes.
 func Do(ctx context.Context, addr string, r Request) (*Response, error) {
 	c, err := Dial(ctx, addr)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	return c.Do(r)
+}
+
+// DoTLS is Do with TLS.
+func DoTLS(ctx context.Context, addr string, cfg *tls.Config, r Request) (*Response, error) {
+	c, err := DialTLS(ctx, addr, cfg)
 	if err != nil {
 		return nil, err
 	}

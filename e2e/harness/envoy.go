@@ -19,6 +19,7 @@ type EnvoyConfig struct {
 	Binary      string // default FindEnvoy()
 	Bootstrap   []byte // the configuration, YAML. Listeners and admin may use port 0; see Envoy.Admin and Envoy.Listener
 	Dir         string // for the configuration and the log
+	Work        string // working directory, to which paths in the configuration are relative; default this one's
 	Name        string // file name stem in Dir; default "envoy"
 	Concurrency int    // worker threads; default 1
 	LogLevel    string // default "warning"; one of Envoy's levels, or "info" with components after a comma: "info,ext_proc:debug"
@@ -62,7 +63,7 @@ func StartEnvoy(ctx context.Context, cfg EnvoyConfig) (*Envoy, error) {
 	}
 	e := &Envoy{}
 	p, err := StartProcess(ctx, ProcessConfig{
-		Name: cfg.Name, Path: cfg.Binary, Args: args, Log: stem + ".log",
+		Name: cfg.Name, Path: cfg.Binary, Args: args, Log: stem + ".log", Dir: cfg.Work,
 		ReadyTimeout: Patience,
 		Ready: func(ctx context.Context) error {
 			addr, err := os.ReadFile(stem + ".admin")

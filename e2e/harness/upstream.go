@@ -2,10 +2,13 @@ package harness
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net"
 	"net/http"
 	"strconv"
@@ -16,6 +19,7 @@ import (
 	"golang.org/x/net/websocket"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/interop/grpc_testing"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -29,6 +33,13 @@ type Seen struct {
 	Path      string // with its query; the full method of a gRPC call
 	Proto     string // "HTTP/1.1", "HTTP/2.0" or "gRPC"
 	Host      string
+	// Peer is the client's certificate, of an upstream with TLS.
+	Peer *x509.Certificate
+	// PeerLeft is how long that had still to live when the request arrived.
+	PeerLeft time.Duration
+	// Own is the certificate that the upstream showed on the connection, and OwnLeft how long it had still to live then.
+	Own     *x509.Certificate
+	OwnLeft time.Duration
 }
 
 // Upstream is an HTTP server (HTTP/1.1 and HTTP/2 without TLS on one port) and a gRPC server (grpc-go's interop
@@ -64,6 +75,8 @@ type Upstream struct {
 
 	mu   sync.Mutex
 	seen []Seen
+
+	shown sync.Map // certificates by raw connections
 }
 
 // Echo is what /do/echo answers.
@@ -80,7 +93,10 @@ type Echo struct {
 }
 
 // StartUpstream starts both servers on free loopback ports. Close ends them.
-func StartUpstream() (*Upstream, error) {
+func StartUpstream() (*Upstream, error) { return StartUpstreamTLS(nil) }
+
+// StartUpstreamTLS is StartUpstream with TLS on both ports; cfg says who may connect. nil means no TLS.
+func StartUpstreamTLS(cfg *tls.Config) (*Upstream, error) {
 	hl, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, fmt.Errorf("start upstream: %w", err)
@@ -95,11 +111,43 @@ func StartUpstream() (*Upstream, error) {
 	protocols.SetHTTP1(true)
 	protocols.SetUnencryptedHTTP2(true)
 	u.http = &http.Server{Handler: u, Protocols: protocols, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 1 << 20}
-	u.grpc = grpc.NewServer()
+	serve := u.http.Serve
+	var opts []grpc.ServerOption
+	if cfg != nil {
+		protocols.SetHTTP2(true)
+		u.http.TLSConfig = u.remembering(cfg)
+		u.http.ConnContext = func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, rawConn{}, c.(*tls.Conn).NetConn())
+		}
+		u.http.ErrorLog = log.New(io.Discard, "", 0) // of handshakes that are refused
+		serve = func(l net.Listener) error { return u.http.ServeTLS(l, "", "") }
+		opts = append(opts, grpc.Creds(credentials.NewTLS(cfg.Clone())))
+	}
+	u.grpc = grpc.NewServer(opts...)
 	grpc_testing.RegisterTestServiceServer(u.grpc, &testService{up: u})
-	u.serving.Go(func() { _ = u.http.Serve(hl) }) // ends with ErrServerClosed
+	u.serving.Go(func() { _ = serve(hl) }) // ends with ErrServerClosed
 	u.serving.Go(func() { _ = u.grpc.Serve(gl) })
 	return u, nil
+}
+
+// rawConn is the key of the connection below TLS in a request's context.
+type rawConn struct{}
+
+// remembering is cfg, and notes which certificate it shows on which connection.
+func (u *Upstream) remembering(cfg *tls.Config) *tls.Config {
+	cfg = cfg.Clone()
+	if get := cfg.GetCertificate; get != nil {
+		cfg.GetCertificate = func(h *tls.ClientHelloInfo) (*tls.Certificate, error) {
+			c, err := get(h)
+			if err != nil {
+				return nil, err
+			}
+			leaf, err := x509.ParseCertificate(c.Certificate[0])
+			u.shown.Store(h.Conn, leaf)
+			return c, err
+		}
+	}
+	return cfg
 }
 
 // RunUpstream is StartUpstream for tests, closed at the end.
@@ -171,7 +219,20 @@ func (u *Upstream) note(s Seen) {
 
 // ServeHTTP journals the request, then behaves.
 func (u *Upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	var client *x509.Certificate
+	var left time.Duration
+	if r.TLS != nil && len(r.TLS.PeerCertificates) > 0 {
+		client = r.TLS.PeerCertificates[0]
+		left = time.Until(client.NotAfter)
+	}
+	var own *x509.Certificate
+	var ownLeft time.Duration
+	if c, ok := u.shown.Load(r.Context().Value(rawConn{})); ok {
+		own = c.(*x509.Certificate)
+		ownLeft = time.Until(own.NotAfter)
+	}
 	u.note(Seen{
+		Peer: client, PeerLeft: left, Own: own, OwnLeft: ownLeft,
 		RequestID: r.Header.Get("X-Request-Id"), Receipt: r.Header.Get("X-Knhk-Receipt"),
 		Method: r.Method, Path: r.URL.RequestURI(), Proto: r.Proto, Host: r.Host,
 	})

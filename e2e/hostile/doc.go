@@ -5,7 +5,7 @@
 // take turns. Under attack no good request may fail, and in the full fault run (`make fault`) the median of the good client's p99 may be at most
 // twice that of the quiet phases, or 5 ms more; if it is not after three phases of each, nine are judged together. `make test` shows
 // the p99 and does not judge it: it must pass on a machine that others keep busy. The most that knhk ever held resident must
-// stay under 1 GiB: the 509 MiB that server/guard.go lets peers take at worst, beside what knhk needs itself. Afterwards the
+// stay under 1 GiB: the 586 MiB that server/guard.go lets peers take at worst, beside what knhk needs itself. Afterwards the
 // goroutines must be as many as before. Attacks are paced so that this process, which is also the good client and the upstream,
 // takes at most half a core: who computes on all cores of the attacked machine slows everybody, whatever knhk does. The tests skip
 // without an Envoy.

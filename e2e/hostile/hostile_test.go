@@ -27,7 +27,7 @@ envoy:
 `
 
 const (
-	// rssCap is what knhk may hold resident under any attack: the 509 MiB that server/guard.go lets peers take at worst, beside what
+	// rssCap is what knhk may hold resident under any attack: the 586 MiB that server/guard.go lets peers take at worst, beside what
 	// it needs itself under load (README, Benchmark).
 	rssCap = 1 << 30
 	pace   = 4 * time.Millisecond   // between good requests

@@ -41,8 +41,8 @@ const retries = 4
 // nothing, but each starts an Envoy.
 var lanes = []lane{
 	{"packages", []string{"PACKAGES"}, 30 * time.Minute},
-	{"race", []string{"-race", "-short", "./crypto/hsm/...", "./crypto/kms/...", "./crypto/rotation/...", "./crypto/soft/...", "./policy/beat/...",
-		"./region/...", "./server/admit/...", "./server/control/...", "./server/extproc/...", "./server/accesslog/..."}, 30 * time.Minute},
+	{"race", []string{"-race", "-short", "./crypto/hsm/...", "./crypto/kms/...", "./crypto/rotation/...", "./crypto/soft/...", "./crypto/spiffe/...", "./policy/beat/...",
+		"./region/...", "./server/access/...", "./server/admit/...", "./server/control/...", "./server/extauthz/...", "./server/extproc/...", "./server/accesslog/..."}, 30 * time.Minute},
 	{"envoy", []string{"-p", "1", "./e2e/..."}, 40 * time.Minute},
 }
 

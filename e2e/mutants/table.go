@@ -18,6 +18,7 @@ const (
 	kms        = "crypto/kms"
 	rotation   = "crypto/rotation"
 	bootstrap  = "envoy/bootstrap"
+	spiffe     = "crypto/spiffe"
 )
 
 var mutations = []mutation{
@@ -371,12 +372,12 @@ var mutations = []mutation{
 	},
 	{
 		"envoy/response-header-strip", bootstrap + "/headers.go",
-		"ResponseMutations: []*mutationv3.HeaderMutation{\n			removeOurs(),", "ResponseMutations: []*mutationv3.HeaderMutation{",
+		"			[]*mutationv3.HeaderMutation{removeOurs()},\n", "",
 		"e2e", "TestResponseHeadersAreOurs",
 	},
 	{
 		"envoy/metadata-copy", bootstrap + "/headers.go",
-		"			fromMetadata(HeaderReceipt, MetadataReceipt),\n", "",
+		"			fromMetadata(cfg, HeaderReceipt, MetadataReceipt),\n", "",
 		"e2e", "TestResponseHeadersAreOurs",
 	},
 	{
@@ -389,4 +390,27 @@ var mutations = []mutation{
 		"FailureModeAllow: allows(cfg.GetDefaultRoute()),", "FailureModeAllow: true,",
 		"e2e", "TestResponseHeadersAreOurs",
 	},
+
+	// Who somebody is, and what he may do.
+	{"identity/allow", spiffe + "/tls.go", "	if err := allow(id); err != nil {\n", "	if err := allow(id); false {\n", spiffe, "TestPeerRefused"},
+	{
+		"identity/expired-peer", spiffe + "/tls.go",
+		"case !now.Before(leaf.NotAfter):", "case false:",
+		spiffe, "TestClock",
+	},
+	{"identity/closed-at-expiry", spiffe + "/tls.go", "		h.closeAt(end, peer)\n", "		_ = end\n", spiffe, "TestClosedAtExpiry"},
+	{"identity/no-resumption", spiffe + "/tls.go", "SessionTicketsDisabled: true,", "SessionTicketsDisabled: false,", spiffe, "TestNoResumption"},
+	{"access/role", "server/access/access.go", "	if a.grants.Load().Of(w)&need != 0 {", "	if true {", "server/access", "TestNewMethod"},
+	{
+		"access/grpc", "server/server.go",
+		"if err := s.access.CallGRPC(ss.Context(), access.OnEnvoy, info.FullMethod); err != nil {", "if err := error(nil); err != nil {",
+		"server", "TestEveryMethod",
+	},
+	{"access/uid", "server/access/roles.go", "case uid == 0 || uid == os.Geteuid():", "case true:", "server/access", "TestGrants"},
+	{
+		"admit/parents", "server/admit/chain.go",
+		"err != nil || !r.cfg.Parents.Match(req.SPIFFEID) {", "err != nil {",
+		"server/admit", "TestParent",
+	},
+	{"admit/decided-once", "server/admit/chain.go", "			delete(m, id)\n", "", "server/admit", "TestChain"},
 }

@@ -46,6 +46,8 @@ type Config struct {
 	Race bool
 	// Replicas is how many knhk stand behind the Envoy; default 1. See Stack.Others.
 	Replicas int
+	// Identity has everybody use mutual TLS. nil: plain text, on loopback.
+	Identity *Identity
 }
 
 // Stack is a running whole.
@@ -57,6 +59,7 @@ type Stack struct {
 	EnvoyFile  string
 	Admin      string // knhk's admin listener
 	Tiles      string
+	Probes     string // /livez and /readyz, in the plain
 	Sidecar    string // knhk's listener for Envoy
 	Listener   string // Envoy's listener
 	EnvoyAdmin string
@@ -79,6 +82,10 @@ type Stack struct {
 	race   string // the program that serves; empty: Bin
 
 	replicas []*Stack // all of them, for every one's configuration
+
+	issuing *issuing // nil without Identity; that of the first stack for all
+	server  string   // the program that serves, with Identity
+	cli     string   // the program of the commands, with an ID of its own; empty: Bin
 }
 
 var (
@@ -102,7 +109,10 @@ func goBuild(name string, flags ...string) (string, error) {
 	return bin, nil
 }
 
-// New prepares a stack: program, keys, upstream and files. It starts the upstream only.
+// Build builds the knhk program, once for all tests of a run, and returns its path.
+func Build() (string, error) { return build() }
+
+// New prepares a stack: program, keys, upstream and files. It starts the upstream only, and with Config.Identity the issuer.
 func New(ctx context.Context, cfg Config) (*Stack, error) {
 	bin, err := build()
 	if err != nil {
@@ -128,11 +138,17 @@ func New(ctx context.Context, cfg Config) (*Stack, error) {
 		other.Listener, other.EnvoyAdmin, other.origin = s.Listener, s.EnvoyAdmin, s.origin+"-"+instance
 		s.Others = append(s.Others, other)
 	}
-	if s.Upstream, err = harness.StartUpstream(); err != nil {
-		return nil, err
+	s.race = race
+	if cfg.Identity != nil {
+		if err := s.startIssuer(ctx); err != nil {
+			return nil, errors.Join(err, s.stopIssuer(context.WithoutCancel(ctx)))
+		}
+	}
+	if s.Upstream, err = harness.StartUpstreamTLS(s.upstreamTLS()); err != nil {
+		return nil, errors.Join(err, s.stopIssuer(context.WithoutCancel(ctx)))
 	}
 	for _, r := range s.All() {
-		r.Upstream, r.replicas, r.race = s.Upstream, s.All(), race
+		r.Upstream, r.replicas, r.race, r.issuing, r.server, r.cli, r.Identity = s.Upstream, s.All(), race, s.issuing, s.server, s.cli, s.Identity
 		if err := r.WriteConfig(cfg.YAML); err != nil {
 			return nil, err
 		}
@@ -150,7 +166,7 @@ func prepare(cfg Config, bin, instance string) (*Stack, error) {
 	if err := s.makeKeys(); err != nil {
 		return nil, err
 	}
-	for _, a := range []*string{&s.Admin, &s.Tiles, &s.Sidecar, &s.Listener, &s.EnvoyAdmin} {
+	for _, a := range []*string{&s.Admin, &s.Tiles, &s.Probes, &s.Sidecar, &s.Listener, &s.EnvoyAdmin} {
 		var err error
 		if *a, err = harness.FreeAddr(); err != nil {
 			return nil, err
@@ -201,7 +217,8 @@ func (s *Stack) WriteConfig(yaml string) error {
 	if capture == "" {
 		capture = "LEAN"
 	}
-	envoy := fmt.Sprintf("envoy:\n  listener: %s\n  admin: %s\n  capture: %s\n", s.Listener, s.EnvoyAdmin, capture)
+	identity, tls := s.identityYAML()
+	envoy := fmt.Sprintf("envoy:\n  listener: %s\n  admin: %s\n  capture: %s\n%s", s.Listener, s.EnvoyAdmin, capture, tls)
 	if len(s.replicas) > 1 {
 		envoy += "  replicas:\n"
 		for _, r := range s.replicas {
@@ -216,11 +233,12 @@ listeners:
   envoy: %s
   admin: %s
   tiles: %s
-keys:
+  probes: %s
+%skeys:
   identity: {uri: %q}
   daily: {uri: %q}
 shutdown: {announce: 0.2s, drain: 3s}
-`, s.origin, s.Instance, s.StateDir, s.Sidecar, s.Admin, s.Tiles, s.keyURI("identity"), s.keyURI("daily"))
+`, s.origin, s.Instance, s.StateDir, s.Sidecar, s.Admin, s.Tiles, s.Probes, identity, s.keyURI("identity"), s.keyURI("daily"))
 	// Whole or not at all: a knhk that runs may read it at any moment.
 	next := s.ConfigFile + ".next"
 	if err := os.WriteFile(next, []byte(head+yaml), 0o600); err != nil {
@@ -242,8 +260,8 @@ func (s *Stack) Start(ctx context.Context) error {
 // StartKnhk starts knhk and waits until it is ready.
 func (s *Stack) StartKnhk(ctx context.Context) (err error) {
 	s.Knhk, err = harness.StartProcess(ctx, harness.ProcessConfig{
-		Name: "knhk", Path: cmp.Or(s.race, s.Bin), Args: append([]string{"serve", "--config", s.ConfigFile}, s.Args...), Env: s.env, Dir: s.Dir,
-		Log: filepath.Join(s.Dir, "knhk.log"), Ready: harness.HTTPReady("http://" + s.Admin + "/readyz"),
+		Name: "knhk", Path: cmp.Or(s.server, s.race, s.Bin), Args: append([]string{"serve", "--config", s.ConfigFile}, s.Args...), Env: s.env, Dir: s.Dir,
+		Log: filepath.Join(s.Dir, "knhk.log"), Ready: harness.HTTPReady("http://" + s.Probes + "/readyz"),
 	})
 	return err
 }
@@ -277,13 +295,20 @@ func (s *Stack) Stop(ctx context.Context) error {
 		}
 	}
 	s.Upstream.Close()
+	errs = append(errs, s.stopIssuer(ctx))
 	return errors.Join(errs...)
 }
 
+// CLI is the knhk program for commands: with Config.Identity a copy with an ID of its own.
+func (s *Stack) CLI() string { return cmp.Or(s.cli, s.Bin) }
+
 // Run runs the knhk program and returns its standard output. The error carries standard error.
 func (s *Stack) Run(ctx context.Context, stdin []byte, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, s.Bin, args...)
+	cmd := exec.CommandContext(ctx, s.CLI(), args...)
 	cmd.Env = append(os.Environ(), append(s.env, "KNHK_ADMIN="+s.Admin)...)
+	if s.issuing != nil {
+		cmd.Env = append(cmd.Env, "KNHK_SERVER_ID="+KnhkID, "SPIFFE_ENDPOINT_SOCKET="+s.WorkloadAPI(TrustDomain))
+	}
 	cmd.Dir = s.Dir
 	cmd.Stdin = bytes.NewReader(stdin)
 	var out, errOut bytes.Buffer
@@ -294,9 +319,14 @@ func (s *Stack) Run(ctx context.Context, stdin []byte, args ...string) ([]byte, 
 	return out.Bytes(), nil
 }
 
-// Do sends one request to Envoy.
+// Do sends one request to Envoy, as "client" if there is Config.Identity.
 func (s *Stack) Do(ctx context.Context, r harness.Request) (*harness.Response, error) {
-	return harness.Do(ctx, s.Listener, r)
+	c, err := s.Dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	return c.Do(r)
 }
 
 // Record is one receipt of `knhk receipts list -o json`.

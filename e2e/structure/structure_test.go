@@ -173,6 +173,26 @@ func TestVerificationStandsAlone(t *testing.T) {
 	}
 }
 
+// The development issuer is a command of its own: the service neither starts it nor links it, and of the program one file only knows it.
+func TestDevelopmentIssuerStandsApart(t *testing.T) {
+	const issuer = module + "/crypto/spiffe/devissuer"
+	for _, p := range list(t, true, "./...") {
+		if slices.Contains(p.Imports, issuer) && p.ImportPath != module+"/server/knhk" {
+			t.Errorf("%s imports the development issuer", p.ImportPath)
+		}
+	}
+	for _, p := range list(t, true, "-deps", "./server") {
+		if p.ImportPath == issuer {
+			t.Error("the service links the development issuer")
+		}
+	}
+	for _, f := range files(t) {
+		if strings.HasPrefix(f, "server/") && strings.HasSuffix(f, ".go") && f != "server/knhk/devissuer.go" && strings.Contains(read(t, f), issuer) {
+			t.Errorf("%s knows the development issuer", f)
+		}
+	}
+}
+
 // knhk is the program, built once without C.
 var knhk = sync.OnceValues(func() (string, error) {
 	dir, err := harness.ModuleRoot()
@@ -354,7 +374,7 @@ func commands(doc, program string) [][]string {
 	return out
 }
 
-var documents = []string{"README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md", "examples/knhk.yaml"}
+var documents = []string{"README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md", "examples/ext-proc/knhk.yaml"}
 
 func TestDocumentedTargetsExist(t *testing.T) {
 	targets := map[string]bool{}

@@ -43,6 +43,21 @@ var unusual = []transaction{
 		}
 	}, want: []string{pages200}},
 	{name: "encoded-obs-text-path", reached: 1, send: answers(200, "/p/%e9%ff%80?%ff=%80"), want: []string{pages200}},
+	// README, Authorisation rules: which spellings of a path are one.
+	{name: "path-in-other-words", reached: 1, send: func(w *world, name string) {
+		if e := w.echo(name, w.Send(name, harness.Request{Target: "/x/%2e%2e/p//%64o/./echo"})); e.URL != "/p/do/echo" {
+			w.t.Errorf("%s: the upstream got %s", name, e.URL)
+		}
+	}, want: []string{pages200}},
+	{name: "path-as-it-is", reached: 1, send: func(w *world, name string) {
+		const path = "/p/%2564o;a/DO/a;b"
+		w.wantStatus(name, w.Send(name, harness.Request{Target: path}), 200)
+		if seen := w.Upstream.Seen(); seen[len(seen)-1].Path != path {
+			w.t.Errorf("%s: the upstream got %s", name, seen[len(seen)-1].Path)
+		}
+	}, want: []string{pages200}},
+	{name: "unreceipted-slash", send: answers(400, "/p%2Fdo/echo")},
+	{name: "unreceipted-nul", send: answers(400, "/p/%00")},
 	{name: "obs-text-by-upstream", reached: 1, send: func(w *world, name string) {
 		resp := w.Get(name, "/p/do/odd")
 		if w.wantStatus(name, resp, 200); resp.Header.Get("X-Odd") != obsText || len(resp.Header["X-Twice"]) != 2 {

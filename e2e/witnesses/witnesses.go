@@ -28,7 +28,6 @@ import (
 	"filippo.io/torchwood"
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/mod/sumdb/note"
-	"golang.org/x/sys/unix"
 
 	"github.com/knhk/sidecar/e2e/harness"
 )
@@ -36,37 +35,9 @@ import (
 // buildLimit is for a cold cache on a busy machine; a warm one takes a second or two.
 const buildLimit = 15 * time.Minute
 
-// Build builds the programs into .tools/witnesses beside go.mod, unless those there are as they would become, and returns that
-// directory. Several processes may call it at once. It fails where the modules are neither in Go's cache nor within reach.
+// Build builds the programs; see harness.BuildTools.
 func Build(ctx context.Context) (dir string, err error) {
-	root, err := harness.ModuleRoot()
-	if err != nil {
-		return "", fmt.Errorf("build witnesses: %w", err)
-	}
-	dir = filepath.Join(root, ".tools", "witnesses")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return "", fmt.Errorf("build witnesses: %w", err)
-	}
-	lock, err := os.OpenFile(dir+".lock", os.O_CREATE|os.O_RDWR, 0o644)
-	if err != nil {
-		return "", fmt.Errorf("build witnesses: %w", err)
-	}
-	defer lock.Close() // gives the lock up
-	ctx, cancel := context.WithTimeout(ctx, buildLimit)
-	defer cancel()
-	for unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
-		select {
-		case <-ctx.Done():
-			return "", fmt.Errorf("build witnesses: another process builds them: %w", ctx.Err())
-		case <-time.After(100 * time.Millisecond):
-		}
-	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-o", dir+string(filepath.Separator), "tool")
-	cmd.Dir = filepath.Join(root, "e2e", "tools", "witnesses")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build witnesses: %w\n%s", err, out)
-	}
-	return dir, nil
+	return harness.BuildTools(ctx, "witnesses", buildLimit)
 }
 
 // Require is Build for tests: without the programs it skips the test, with CI=true it fails it.

@@ -46,6 +46,7 @@ const knhkYAML = `origin: "bench.local/knhk/volume"
 instance: volume
 state_dir: %[1]s
 listeners: {envoy: "%[2]s", admin: "%[3]s"}
+insecure_loopback: true
 keys:
   identity: {uri: "soft:%[4]s"}
   daily: {uri: "soft:%[4]s"}

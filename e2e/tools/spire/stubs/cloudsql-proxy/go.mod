@@ -1,0 +1,4 @@
+// Nothing: see ../../go.mod.
+module github.com/GoogleCloudPlatform/cloudsql-proxy
+
+go 1.25.5
