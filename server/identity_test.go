@@ -49,7 +49,8 @@ const worldRoles = `roles:
   peer: ["spiffe://knhk.test/peer"]
 `
 
-func newWorld(t *testing.T) *world {
+// newWorld runs a knhk; more is done with it before.
+func newWorld(t *testing.T, more ...func(*Server)) *world {
 	t.Helper()
 	dir := t.TempDir()
 	w := &world{t: t, file: filepath.Join(dir, "knhk.yaml"), ca: spiffetest.NewCA(t, "knhk.test"), other: spiffetest.NewCA(t, "other.test"),
@@ -59,6 +60,9 @@ func newWorld(t *testing.T) *world {
 	var err error
 	if w.s, err = New(t.Context(), w.file, slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
+	}
+	for _, f := range more {
+		f(w.s)
 	}
 	for i, on := range []access.Listener{access.OnEnvoy, access.OnAdmin, access.OnTiles} {
 		w.addr[on] = w.s.listeners[i].Addr().String()
@@ -289,6 +293,34 @@ func TestEveryMethod(t *testing.T) {
 		}
 		cc.Close()
 		tr.CloseIdleConnections()
+	}
+}
+
+// TestNoRule calls gRPC methods that somebody added without saying who may call them: they are refused to Envoy too, who may call the others.
+func TestNoRule(t *testing.T) {
+	w := newWorld(t, func(s *Server) {
+		s.grpc.RegisterService(&grpc.ServiceDesc{
+			ServiceName: "knhk.test.New", HandlerType: (*any)(nil),
+			Methods: []grpc.MethodDesc{{MethodName: "Unary", Handler: func(_ any, ctx context.Context, _ func(any) error, icpt grpc.UnaryServerInterceptor) (any, error) {
+				return icpt(ctx, nil, &grpc.UnaryServerInfo{FullMethod: "/knhk.test.New/Unary"}, func(context.Context, any) (any, error) { return nil, nil })
+			}}},
+			Streams: []grpc.StreamDesc{{StreamName: "Stream", ClientStreams: true, ServerStreams: true, Handler: func(any, grpc.ServerStream) error { return nil }}},
+		}, struct{}{})
+	})
+	cc, err := grpc.NewClient("passthrough:///"+w.addr[access.OnEnvoy],
+		grpc.WithTransportCredentials(credentials.NewTLS(as(w.ca.Issue("spiffe://knhk.test/envoy"), "h2"))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cc.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	for path, want := range map[string]answer{
+		"/knhk.test.New/Unary": denied, "/knhk.test.New/Stream": denied, "/grpc.health.v1.Health/Check": answered,
+	} {
+		if got, err := callGRPC(ctx, cc, path); err != nil || got != want {
+			t.Errorf("%s: %s, %v, want %s", path, got, err, want)
+		}
 	}
 }
 

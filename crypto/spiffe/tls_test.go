@@ -258,7 +258,7 @@ func TestClock(t *testing.T) {
 		t.Fatal(srvErr, clErr)
 	}
 	cert := short.state.Load().certificate()
-	now = now.Add(time.Minute)
+	now = cert.Leaf.NotAfter // to the second: one that x509 takes
 	wantError(t, "Ready", short.Ready(), "expired at")
 	_, err := short.GetX509SVID()
 	wantError(t, "GetX509SVID", err, "expired at", clientID)

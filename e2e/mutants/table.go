@@ -404,9 +404,9 @@ var mutations = []mutation{
 	{
 		"access/grpc", "server/server.go",
 		"if err := s.access.CallGRPC(ss.Context(), access.OnEnvoy, info.FullMethod); err != nil {", "if err := error(nil); err != nil {",
-		"server", "TestEveryMethod",
+		"server", "TestNoRule",
 	},
-	{"access/uid", "server/access/roles.go", "case uid == 0 || uid == os.Geteuid():", "case true:", "server/access", "TestGrants"},
+	{"access/uid", "server/access/roles.go", "case uid == 0 || uid == os.Geteuid():", "case uid >= 0 || uid == os.Geteuid():", "server/access", "TestGrants"},
 	{
 		"admit/parents", "server/admit/chain.go",
 		"err != nil || !r.cfg.Parents.Match(req.SPIFFEID) {", "err != nil {",
