@@ -62,6 +62,11 @@ func (n *native) holds(r *Run) bool {
 		r.long = true
 		return false
 	}
+	return n.compare(s)
+}
+
+// compare judges a comparison of s, the value of its variable.
+func (n *native) compare(s string) bool {
 	switch n.op {
 	case is:
 		return s == n.literals[0]

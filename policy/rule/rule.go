@@ -157,7 +157,7 @@ func (in *Input) str(v int) string {
 
 // Condition is one compiled expression. Safe for concurrent use; it never changes. The zero Condition is true.
 type Condition struct {
-	guards  []guard     // conditions that must all hold for the whole to be true
+	guards  []native    // conditions that must all hold for the whole to be true
 	bounds  bounds      // the most that prog can cost, by the length of the longest variable
 	native  *native     // stands for prog where CEL is not needed
 	prog    cel.Program // counts nothing; nil if the guards are all there is, native stands for it, or it could always exceed MaxRuleCost
@@ -286,7 +286,7 @@ var (
 // Holds reports whether c's guards hold, which is as good as false if they do not. It costs nanoseconds and no allocation.
 func (c *Condition) Holds(in *Input) bool {
 	for i := range c.guards {
-		if !c.guards[i].holds(in) {
+		if g := &c.guards[i]; !g.compare(in.str(g.v)) {
 			return false
 		}
 	}
