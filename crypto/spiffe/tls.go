@@ -43,9 +43,14 @@ func (s *Source) ServerTLS(nextProtos []string, allow func(spiffeid.ID) error) *
 // ClientTLS gives the client's side of ServerTLS: the server is whoever allow says, never a host name. A tls.Config cannot get at a
 // client's connection, so this one checks both certificates in the handshake but does not end the connection when one expires: DialTLS does.
 func (s *Source) ClientTLS(nextProtos []string, allow func(spiffeid.ID) error) *tls.Config {
+	return s.clientTLS(nil, s.current, nextProtos, allow)
+}
+
+// clientTLS is ClientTLS with the material that get gives. h, if there is one, is of the connection that ends when a certificate does.
+func (s *Source) clientTLS(h *handle, get func() (*material, error), nextProtos []string, allow func(spiffeid.ID) error) *tls.Config {
 	c := base(nextProtos)
 	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-		m, err := s.current()
+		m, err := get()
 		if err != nil {
 			return nil, fmt.Errorf("spiffe: %w", err)
 		}
@@ -54,11 +59,11 @@ func (s *Source) ClientTLS(nextProtos []string, allow func(spiffeid.ID) error) *
 	}
 	c.InsecureSkipVerify = true // of host names; VerifyConnection verifies the certificate
 	c.VerifyConnection = func(cs tls.ConnectionState) error {
-		m, err := s.current()
+		m, err := get()
 		if err != nil {
 			return fmt.Errorf("spiffe: %w", err)
 		}
-		return s.admit(nil, m, &cs, allow)
+		return s.admit(h, m, &cs, allow)
 	}
 	return c
 }
@@ -87,13 +92,8 @@ func (s *Source) client(ctx context.Context, raw net.Conn, nextProtos []string, 
 	if err != nil {
 		return nil, fmt.Errorf("spiffe: %w", err)
 	}
-	h := &handle{s.conns, raw}
-	cert := m.certificate()
-	c := base(nextProtos)
-	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
-	c.InsecureSkipVerify = true // of host names; VerifyConnection verifies the certificate
-	c.VerifyConnection = func(cs tls.ConnectionState) error { return s.admit(h, m, &cs, allow) }
-	conn := tls.Client(raw, c)
+	one := func() (*material, error) { return m, nil } // for the whole handshake
+	conn := tls.Client(raw, s.clientTLS(&handle{s.conns, raw}, one, nextProtos, allow))
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}
@@ -186,16 +186,4 @@ func PeerID(cs *tls.ConnectionState) (spiffeid.ID, error) {
 		return spiffeid.ID{}, fmt.Errorf("spiffe: peer id: %w", err)
 	}
 	return id, nil
-}
-
-// AllowAny allows whom a pattern matches, and so nobody without patterns. Its error names the ID.
-func AllowAny(patterns []Pattern) func(spiffeid.ID) error {
-	return func(id spiffeid.ID) error {
-		for _, p := range patterns {
-			if p.Match(id) {
-				return nil
-			}
-		}
-		return fmt.Errorf("%s is not allowed here", id)
-	}
 }

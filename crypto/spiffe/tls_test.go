@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -82,7 +83,12 @@ func TestHandshake(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return AllowAny([]Pattern{p})
+		return func(id spiffeid.ID) error {
+			if !p.Match(id) {
+				return fmt.Errorf("%s is not allowed here", id)
+			}
+			return nil
+		}
 	}
 	srv, cl, srvErr, clErr := shake(t, server.ServerTLS([]string{"h2", "http/1.1"}, only(clientID)), client.ClientTLS([]string{"h2"}, only(serverID)))
 	if srvErr != nil || clErr != nil {

@@ -111,15 +111,6 @@ func (e Event) String() string {
 	return "unknown"
 }
 
-// Events lists all events, for registering metrics.
-func Events() []Event {
-	all := make([]Event, numEvents)
-	for i := range all {
-		all[i] = Event(i)
-	}
-	return all
-}
-
 // Config is what New needs.
 type Config struct {
 	// Sink hears of outcomes. Required.

@@ -85,15 +85,6 @@ func (e Event) String() string {
 	return "unknown"
 }
 
-// Events lists all events, for registering metrics.
-func Events() []Event {
-	all := make([]Event, numEvents)
-	for i := range all {
-		all[i] = Event(i)
-	}
-	return all
-}
-
 // Server is the service. Its methods are safe for concurrent use.
 type Server struct {
 	admitter Admitter

@@ -421,7 +421,7 @@ func TestNew(t *testing.T) {
 			t.Errorf("%+v accepted", cfg)
 		}
 	}
-	for _, e := range Events() {
+	for e := range numEvents {
 		if e.String() == "unknown" || e.String() == "" {
 			t.Errorf("event %d has no name", e)
 		}
