@@ -2,6 +2,7 @@ package spiffe
 
 import (
 	"fmt"
+	"iter"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -50,4 +51,45 @@ func (p Pattern) String() string {
 		return p.id.String() + "/*"
 	}
 	return p.id.String()
+}
+
+// Index holds a value for each of many patterns. To find those that match an ID takes a look at each level of its path, however many there
+// are. The zero Index is empty. It may be read by many at once, but not while it is changed.
+type Index[V any] struct {
+	exact map[string]V // by ID
+	below map[string]V // by pattern without its "/*"
+}
+
+// Update replaces the value of p, the zero V if it has none yet, by what next makes of it. The zero Pattern matches nothing and is not kept.
+func (x *Index[V]) Update(p Pattern, next func(V) V) {
+	if p.id.IsZero() {
+		return
+	}
+	m := &x.exact
+	if p.below {
+		m = &x.below
+	}
+	if *m == nil {
+		*m = map[string]V{}
+	}
+	(*m)[p.id.String()] = next((*m)[p.id.String()])
+}
+
+// Match gives the values of the patterns that match id.
+func (x *Index[V]) Match(id spiffeid.ID) iter.Seq[V] {
+	return func(yield func(V) bool) {
+		if id.IsZero() {
+			return
+		}
+		text := id.String()
+		if v, ok := x.exact[text]; ok && !yield(v) {
+			return
+		}
+		for range strings.Count(id.Path(), "/") {
+			text = text[:strings.LastIndexByte(text, '/')]
+			if v, ok := x.below[text]; ok && !yield(v) {
+				return
+			}
+		}
+	}
 }

@@ -1,6 +1,7 @@
 package spiffe
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -69,6 +70,17 @@ func TestPatternMatch(t *testing.T) {
 		id := spiffeid.RequireFromString(c.id)
 		if got := p.Match(id); got != c.want {
 			t.Errorf("%s matches %s: %v, want %v", c.pattern, c.id, got, c.want)
+		}
+		var x Index[int]
+		for range 2 {
+			x.Update(Pattern{}, func(int) int { return 100 })
+			x.Update(p, func(n int) int { return n + 1 })
+		}
+		if got := slices.Collect(x.Match(id)); c.want != slices.Equal(got, []int{2}) || !c.want && len(got) > 0 {
+			t.Errorf("an index of %s twice has %v for %s, want %v", c.pattern, got, c.id, c.want)
+		}
+		for range x.Match(id) {
+			break // no more is asked for
 		}
 	}
 	id := spiffeid.RequireFromString("spiffe://a.test/x")

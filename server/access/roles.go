@@ -88,38 +88,29 @@ func (p Principal) String() string {
 
 // Grants says who has which roles. It does not change: to change roles, make another.
 type Grants struct {
-	exact map[string]Role // SPIFFE IDs
-	below map[string]Role // SPIFFE IDs without the "/*"
+	ids   spiffe.Index[Role]
 	users map[int]Role
 }
 
 // NewGrants gives each role to the principals listed for it.
 func NewGrants(lists map[Role][]Principal) *Grants {
-	g := &Grants{exact: map[string]Role{}, below: map[string]Role{}, users: map[int]Role{}}
+	g := &Grants{users: map[int]Role{}}
 	for role, list := range lists {
 		for _, p := range list {
 			if p.user {
 				g.users[int(p.uid)] |= role
-			} else if parent, ok := strings.CutSuffix(p.pattern.String(), "/*"); ok {
-				g.below[parent] |= role
 			} else {
-				g.exact[p.pattern.String()] |= role
+				g.ids.Update(p.pattern, func(r Role) Role { return r | role })
 			}
 		}
 	}
 	return g
 }
 
-// OfID gives the roles of a SPIFFE ID. It looks once at each level of its path, however many principals there are.
-func (g *Grants) OfID(id spiffeid.ID) Role {
-	if id.IsZero() {
-		return 0
-	}
-	text := id.String()
-	roles := g.exact[text]
-	for range strings.Count(id.Path(), "/") {
-		text = text[:strings.LastIndexByte(text, '/')]
-		roles |= g.below[text]
+// OfID gives the roles of a SPIFFE ID, however many principals there are at the cost of its path's length.
+func (g *Grants) OfID(id spiffeid.ID) (roles Role) {
+	for r := range g.ids.Match(id) {
+		roles |= r
 	}
 	return roles
 }

@@ -17,7 +17,6 @@ import (
 
 	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
 	"github.com/knhk/sidecar/crypto/keys"
-	"github.com/knhk/sidecar/crypto/spiffe"
 	"github.com/knhk/sidecar/policy"
 	"github.com/knhk/sidecar/policy/beat"
 	"github.com/knhk/sidecar/policy/class"
@@ -160,7 +159,7 @@ func TestLoadFull(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	below, err := spiffe.ParsePattern("spiffe://shop.example/edge/*")
+	believed, err := parents([]string{"spiffe://shop.example/envoy", "spiffe://shop.example/edge/*"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -187,9 +186,7 @@ func TestLoadFull(t *testing.T) {
 			Address{"tcp", "0.0.0.0:8080"}, Address{"tcp", "127.0.0.1:8081"}, configv1.Capture_FULL, configv1.Filter_EXT_PROC, false,
 			3 * time.Second, 100 * ms, 5000, 10 * time.Minute,
 		},
-		DryRun: true, Parents: Parents{
-			exact: map[string]struct{}{"spiffe://shop.example/envoy": {}}, below: []spiffe.Pattern{below},
-		}, Shutdown: Shutdown{time.Second, 20 * time.Second},
+		DryRun: true, Parents: believed, Shutdown: Shutdown{time.Second, 20 * time.Second},
 		Succeeds: Succeeds{Seal: "/var/lib/knhk/old.seal", Policy: "/var/lib/knhk/old.policy"},
 	}
 	partner, other := spiffeid.RequireTrustDomainFromString("partner.example"), spiffeid.RequireTrustDomainFromString("other.example")

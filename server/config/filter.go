@@ -1,8 +1,6 @@
 package config
 
 import (
-	"strings"
-
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	configv1 "github.com/knhk/sidecar/api/knhk/config/v1"
@@ -10,27 +8,16 @@ import (
 )
 
 // Parents are the Envoys whose knhk-parent header is believed. The zero value is none.
-type Parents struct {
-	exact map[string]struct{}
-	below []spiffe.Pattern
-}
+type Parents struct{ ids spiffe.Index[struct{}] }
 
 // Match reports whether the header is believed from the client with this SPIFFE ID.
 func (p Parents) Match(id string) bool {
-	if _, ok := p.exact[id]; ok {
-		return true
-	}
-	if len(p.below) == 0 {
-		return false
-	}
 	parsed, err := spiffeid.FromString(id)
 	if err != nil {
 		return false
 	}
-	for _, b := range p.below {
-		if b.Match(parsed) {
-			return true
-		}
+	for range p.ids.Match(parsed) {
+		return true
 	}
 	return false
 }
@@ -42,14 +29,7 @@ func parents(patterns []string) (Parents, error) {
 		if err != nil {
 			return Parents{}, err
 		}
-		if strings.HasSuffix(s, "/*") {
-			out.below = append(out.below, p)
-			continue
-		}
-		if out.exact == nil {
-			out.exact = map[string]struct{}{}
-		}
-		out.exact[p.String()] = struct{}{}
+		out.ids.Update(p, func(struct{}) struct{} { return struct{}{} })
 	}
 	return out, nil
 }
